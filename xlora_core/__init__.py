@@ -1,0 +1,45 @@
+"""X-LoRA: a per-token mixture of LoRA experts on a frozen language model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from xlora_core.config import Arm, RoutingKnobs, SamplingParams, XLoraConfig
+    from xlora_core.demo import load_model
+    from xlora_core.engine import Engine
+    from xlora_core.errors import XLoraError
+    from xlora_core.model import XLoraModel
+    from xlora_core.recording import Run
+
+__all__ = [
+    "Arm",
+    "Engine",
+    "RoutingKnobs",
+    "Run",
+    "SamplingParams",
+    "XLoraConfig",
+    "XLoraError",
+    "XLoraModel",
+    "load_model",
+]
+
+# Loaded at first use, so that configuration and errors can be imported without torch.
+_HOMES = {
+    "Arm": "config",
+    "Engine": "engine",
+    "RoutingKnobs": "config",
+    "Run": "recording",
+    "SamplingParams": "config",
+    "XLoraConfig": "config",
+    "XLoraError": "errors",
+    "XLoraModel": "model",
+    "load_model": "demo",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,50 @@
+"""What Hugging Face's ``generate`` needs to know about an X-LoRA model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import GenerationMixin
+from transformers.modeling_utils import PreTrainedModel
+
+from xlora_core.errors import ModelError
+from xlora_core.kv_cache import DualCache
+
+
+class XLoraGeneration(GenerationMixin):  # type: ignore[misc]  # transformers ships no usable types
+    """``generate`` over a ``DualCache``: greedy, sampling, beams, streamers, stopping criteria.
+
+    The class it is mixed into provides ``base_model``; everything that depends on the
+    architecture is asked of that model.
+    """
+
+    base_model: PreTrainedModel
+
+    def can_generate(self) -> bool:
+        """Returns whether the base model can."""
+        return bool(self.base_model.can_generate())
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Returns the base model's inputs for the next step."""
+        return dict(self.base_model.prepare_inputs_for_generation(*args, **kwargs))
+
+    def _supports_logits_to_keep(self) -> bool:
+        return bool(self.base_model._supports_logits_to_keep())
+
+    def _prepare_cache_for_generation(
+        self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
+    ) -> None:
+        given = model_kwargs.get("past_key_values")
+        if given is not None and not isinstance(given, DualCache):
+            raise ModelError(
+                f"past_key_values must be a DualCache, got {type(given).__name__}",
+                hint="make one with model.new_cache()",
+            )
+        implementation = generation_config.cache_implementation
+        if implementation not in (None, "dynamic"):
+            raise ModelError(
+                f"cache_implementation={implementation!r} cannot serve the two passes of X-LoRA",
+                hint="leave cache_implementation out",
+            )
+        if given is None and generation_config.use_cache is not False:
+            model_kwargs["past_key_values"] = DualCache(self.base_model.config)

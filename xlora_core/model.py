@@ -1,0 +1,534 @@
+"""The X-LoRA model: scaling pass, classifier, main pass, over any Hugging Face decoder."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_utils import PreTrainedModel
+
+from xlora_core import merge, routing
+from xlora_core.adapters import LoraAdapter, read_adapter
+from xlora_core.checkpoint import Checkpoint, base_identity, read_checkpoint, write_checkpoint
+from xlora_core.classifier import XLoraClassifier
+from xlora_core.config import RoutingKnobs, XLoraConfig
+from xlora_core.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from xlora_core.generation import XLoraGeneration
+from xlora_core.kv_cache import DualCache
+from xlora_core.layers import (
+    ActiveScalings,
+    XLoraLinear,
+    carry_scalings_into_checkpoints,
+    replace_adapted_modules,
+)
+from xlora_core.scalings_log import LogEntry, ScalingsLog
+
+# Arguments of a causal language model's forward that its backbone has no use for.
+_HEAD_ARGUMENTS = frozenset(
+    ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
+    + ("output_attentions", "output_hidden_states")
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingPassOutput:
+    """What the scaling pass yields.
+
+    Attributes:
+        router_logits: ``[B, T, L, K]``, or ``[B, T, 1, K]`` when one set serves all modules;
+            float32 (float64 under a float64 model).
+        lm_logits: ``[B, 1, V]``, the base model's logits after the last token; None if they
+            were not asked for.
+    """
+
+    router_logits: Tensor
+    lm_logits: Tensor | None = None
+
+
+class XLoraModel(XLoraGeneration, nn.Module):
+    """A frozen language model, K LoRA experts on it, and the classifier that mixes them.
+
+    ``forward`` runs two passes: the scaling pass (adapters at ``scaling_pass_value``) gives the
+    classifier a hidden state per token, the main pass runs with the scalings it returns. Both
+    are re-entrant: nothing of a call stays on the model but the log, so several threads may
+    call it at once.
+
+    Make one with ``from_base`` or ``from_pretrained``. Attributes that the class does not have
+    itself (``device``, ``generation_config``, ...) are the base model's.
+
+    Args:
+        base_model: A Hugging Face decoder; its adapted modules are replaced in place.
+        config: The X-LoRA config.
+        adapters: The experts in the classifier's output order.
+
+    Source: arXiv 2402.07148; numbers as PEFT 0.21.2.
+    """
+
+    def __init__(
+        self, base_model: PreTrainedModel, config: XLoraConfig, adapters: Sequence[LoraAdapter]
+    ) -> None:
+        super().__init__()
+        if not adapters:
+            raise AdapterError(
+                "an X-LoRA model needs at least one adapter, got none",
+                hint='name them in the config: XLoraConfig(adapters={"math": "path/to/lora"})',
+            )
+        if base_model.config.is_encoder_decoder:
+            raise ModelError(
+                f"{type(base_model).__name__} is an encoder-decoder, a decoder was expected",
+                hint="load the model with AutoModelForCausalLM",
+            )
+        self._config_xlora = _with_hidden_size(config, base_model)
+        base_model.requires_grad_(False)
+        self.active_scalings = ActiveScalings()
+        self._layers = replace_adapted_modules(
+            base_model, adapters, self.active_scalings, trainable=config.use_trainable_adapters
+        )
+        self.base_model = base_model
+        self.adapter_names = [adapter.name for adapter in adapters]
+        self.lora_layer_names = list(self._layers)
+        self._adapter_configs = [(dict(a.config), a.dtype) for a in adapters]
+        self.classifier = XLoraClassifier(
+            self._config_xlora,
+            n_lora_layers=len(self._layers),
+            n_adapters=len(adapters),
+            dtype=torch.promote_types(base_model.dtype, torch.float32),
+            device=base_model.device,
+        )
+        self.scalings_log = ScalingsLog()
+        self._latest: LogEntry | None = None
+        self._merged = False
+        self.train(base_model.training)
+
+    # ---------------------------------------------------------------- making and keeping one
+
+    @classmethod
+    def from_base(cls, hf_model: PreTrainedModel, config: XLoraConfig) -> XLoraModel:
+        """Returns a model with the adapters of ``config`` and a freshly initialised classifier.
+
+        Raises:
+            AdapterError: If there is no adapter, or one cannot be read or does not fit.
+            ConfigError: If ``hidden_size`` is not the model's.
+        """
+        adapters = [read_adapter(name, path) for name, path in config.adapters.items()]
+        return cls(hf_model, config, adapters)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        hf_model: PreTrainedModel,
+        folder: str | Path,
+        adapters: Mapping[str, str | Path] | None = None,
+    ) -> XLoraModel:
+        """Returns the model of a checkpoint folder.
+
+        Args:
+            hf_model: The base model the checkpoint was trained on.
+            folder: As ``save_pretrained`` wrote it.
+            adapters: Adapter name -> another folder to read that expert from.
+
+        Raises:
+            CheckpointError: If the folder is damaged, or belongs to another base model.
+            AdapterError: If an expert cannot be read or does not fit.
+        """
+        checkpoint = read_checkpoint(folder, adapters)
+        found = base_identity(hf_model.config)
+        if checkpoint.base != found:
+            raise CheckpointError(
+                f"{folder} belongs to another base model: it was trained on "
+                f"{dict(checkpoint.base)}, this one is {found}",
+                hint="load the base model the checkpoint was trained on",
+            )
+        model = cls(hf_model, checkpoint.config, checkpoint.adapters)
+        if list(checkpoint.layer_names) != model.lora_layer_names:
+            raise CheckpointError(
+                f"{folder}: its adapters fit {len(model.lora_layer_names)} modules of this model "
+                f"in another order or number than the {len(checkpoint.layer_names)} it was "
+                "trained with",
+                hint="use the experts it was trained with",
+            )
+        expected = {k: list(v.shape) for k, v in model.classifier.state_dict().items()}
+        present = {k: list(v.shape) for k, v in checkpoint.classifier.items()}
+        if expected != present:
+            raise CheckpointError(
+                f"{folder}: the classifier does not fit its config, expected {expected}, "
+                f"found {present}",
+                hint="the file was edited or damaged; save the checkpoint again",
+            )
+        model.classifier.load_state_dict(dict(checkpoint.classifier))
+        return model
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes a self-contained checkpoint: classifier, experts, names, module order.
+
+        Raises:
+            CheckpointError: If the folder holds something else, or cannot be written.
+        """
+        self._check_not_merged()
+        write_checkpoint(
+            folder,
+            Checkpoint(
+                config=self._config_xlora,
+                classifier=self.classifier.state_dict(),
+                adapters=self._current_adapters(),
+                layer_names=self.lora_layer_names,
+                base=base_identity(self.base_model.config),
+            ),
+        )
+
+    def _current_adapters(self) -> list[LoraAdapter]:
+        """Returns the experts as they are now, trained further or not."""
+        experts = {path: layer.experts() for path, layer in self._layers.items()}
+        trained = self._config_xlora.use_trainable_adapters
+        return [
+            LoraAdapter(
+                name=name,
+                config=config,
+                modules={path: e[k] for path, e in experts.items() if k in e},
+                dtype=torch.float32 if trained else dtype,
+            )
+            for k, (name, (config, dtype)) in enumerate(
+                zip(self.adapter_names, self._adapter_configs, strict=True)
+            )
+        ]
+
+    # ---------------------------------------------------------------- what it is
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model":
+                raise
+            return getattr(self.base_model, name)
+
+    @property
+    def config_xlora(self) -> XLoraConfig:
+        """The X-LoRA config with every setter's change in it."""
+        return self._config_xlora
+
+    @property
+    def default_knobs(self) -> RoutingKnobs:
+        """The knobs of a call that brings none."""
+        return RoutingKnobs.from_config(self._config_xlora)
+
+    @property
+    def lora_layers(self) -> list[XLoraLinear]:
+        """The L adapted modules in order."""
+        return list(self._layers.values())
+
+    @property
+    def present(self) -> Tensor:
+        """``[L, K]`` bool: whether an adapter has weights in a module."""
+        present = torch.zeros(len(self._layers), len(self.adapter_names), dtype=torch.bool)
+        for index, layer in enumerate(self._layers.values()):
+            present[index, layer.adapter_indices] = True
+        return present
+
+    @property
+    def context_length(self) -> int:
+        """Most tokens the base model can read, prompt and answer together."""
+        text = self.base_model.config.get_text_config()
+        return int(getattr(text, "max_position_embeddings", None) or 2**31)
+
+    def check_knobs(self, knobs: RoutingKnobs) -> RoutingKnobs:
+        """Returns the knobs if they fit this model.
+
+        Raises:
+            ConfigError: If ``top_k`` is larger than the number of adapters; names both.
+        """
+        return knobs.check(len(self.adapter_names))
+
+    # ---------------------------------------------------------------- the two passes
+
+    def new_cache(self) -> DualCache:
+        """Returns empty KV caches for both passes."""
+        return DualCache(self.base_model.config)
+
+    @torch.no_grad()
+    def scaling_pass(
+        self, *, knobs: RoutingKnobs | None = None, with_lm_logits: bool = False, **inputs: Any
+    ) -> ScalingPassOutput:
+        """Runs the scaling pass and the classifier, without gradient.
+
+        Args:
+            knobs: Matter only for a non-zero ``scaling_pass_value``: PEFT applies top-k and
+                global weight to that constant, too.
+            with_lm_logits: Also return the language model's logits of the last token. They are
+                the base model's when ``scaling_pass_value`` is 0.
+            inputs: ``input_ids`` ``[B, T]`` or ``inputs_embeds``, ``attention_mask``,
+                ``position_ids``, ``past_key_values`` (one cache, ``cache.scaling``).
+        """
+        hidden, lm_logits = self._scaling_hidden(knobs, inputs, with_lm_logits)
+        return ScalingPassOutput(router_logits=self.classifier(hidden), lm_logits=lm_logits)
+
+    @torch.no_grad()
+    def _scaling_hidden(
+        self, knobs: RoutingKnobs | None, inputs: dict[str, Any], with_lm_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        self._check_not_merged()
+        inputs = {k: v for k, v in inputs.items() if v is not None and k not in _HEAD_ARGUMENTS}
+        backbone = self.base_model.base_model
+        with self.active_scalings.hold(self._constant_scalings(knobs)):
+            if not with_lm_logits and backbone is not self.base_model:
+                hidden = backbone(**_accepted(backbone, inputs)).last_hidden_state
+                return hidden, None
+            output = self.base_model(
+                **_accepted(self.base_model, inputs | {"logits_to_keep": 1}),
+                output_hidden_states=True,
+            )
+            return output.hidden_states[-1], output.logits[:, -1:] if with_lm_logits else None
+
+    def _constant_scalings(self, knobs: RoutingKnobs | None) -> Tensor | None:
+        value = self._config_xlora.scaling_pass_value
+        if value == 0:
+            return None
+        knobs = knobs or self.default_knobs
+        constant = torch.full(
+            (1, 1, 1, len(self.adapter_names)),
+            value,
+            dtype=self.classifier.dtype,
+            device=self.base_model.device,
+        )
+        return routing.effective_scalings(
+            constant,
+            top_k=knobs.top_k,
+            enable_softmax_topk=self._config_xlora.enable_softmax_topk,
+            global_weight=knobs.global_weight,
+        )
+
+    def route(self, router_logits: Tensor, knobs: RoutingKnobs | None = None) -> Tensor:
+        """Returns the effective scalings ``[B, T, L or 1, K]`` of router logits."""
+        return routing.route(router_logits, self._config_xlora, knobs or self.default_knobs)
+
+    def main_pass(self, *, scalings: Tensor | None, **inputs: Any) -> Any:
+        """Runs the base model with given effective scalings.
+
+        Args:
+            scalings: ``[B, T, L or 1, K]``; or ``[K]`` or ``[L, K]`` for all tokens; None runs
+                the base model without adapters.
+            inputs: Arguments of the base model's forward; ``past_key_values`` is one cache,
+                ``cache.main``.
+
+        Returns:
+            The base model's output.
+        """
+        self._check_not_merged()
+        if scalings is not None and scalings.ndim < 4:
+            n_layers = scalings.shape[0] if scalings.ndim == 2 else 1
+            scalings = scalings.reshape(1, 1, n_layers, -1)
+        if self.training and self.base_model.is_gradient_checkpointing:
+            carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
+        inputs = {k: v for k, v in inputs.items() if v is not None}
+        with self.active_scalings.hold(scalings):
+            return self.base_model(**_accepted(self.base_model, inputs))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DualCache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor | None = None,
+        *,
+        knobs: RoutingKnobs | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Runs both passes.
+
+        Args:
+            input_ids: ``[B, T]`` int64; or ``inputs_embeds`` ``[B, T, H]``.
+            attention_mask: ``[B, T_past + T]``, 0 for padding.
+            position_ids: ``[B, T]``.
+            past_key_values: From ``new_cache`` or an earlier output.
+            inputs_embeds: Instead of ``input_ids``.
+            labels: ``[B, T]``, -100 where no loss is wanted.
+            use_cache: Return the caches; None follows the base model's config.
+            logits_to_keep: As in Hugging Face models.
+            knobs: Knobs of this call alone; None takes the model's.
+            kwargs: Further arguments of the base model's forward.
+
+        Returns:
+            The base model's output; ``past_key_values`` is a ``DualCache``.
+
+        Raises:
+            ModelError: For another kind of cache, or after ``merge_and_unload``.
+            ConfigError: If ``knobs.top_k`` is larger than the number of adapters.
+        """
+        if past_key_values is not None and not isinstance(past_key_values, DualCache):
+            raise ModelError(
+                f"past_key_values must be a DualCache, got {type(past_key_values).__name__}",
+                hint="make one with model.new_cache()",
+            )
+        knobs = self.check_knobs(knobs or self.default_knobs)
+        if use_cache is None:
+            use_cache = not self.training and bool(self.base_model.config.use_cache)
+        if use_cache and past_key_values is None:
+            past_key_values = self.new_cache()
+        inputs = kwargs | {
+            "input_ids": input_ids,
+            "inputs_embeds": inputs_embeds,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "use_cache": use_cache,
+        }
+        scaling_cache = past_key_values.scaling if past_key_values is not None else None
+        hidden, _ = self._scaling_hidden(knobs, inputs | {"past_key_values": scaling_cache}, False)
+        # Outside the scaling pass's no_grad: this is where the classifier learns.
+        router_logits = self.classifier(hidden.detach())
+        self._log(router_logits, knobs, past_key_values)
+        output = self.main_pass(
+            scalings=self.route(router_logits, knobs),
+            past_key_values=past_key_values.main if past_key_values is not None else None,
+            labels=labels,
+            logits_to_keep=logits_to_keep,
+            **inputs,
+        )
+        if past_key_values is not None:
+            output.past_key_values = past_key_values
+        return output
+
+    # ---------------------------------------------------------------- the log
+
+    def _log(self, router_logits: Tensor, knobs: RoutingKnobs, cache: DualCache | None) -> None:
+        rows = routing.scalings_from_logits(
+            router_logits.detach(),
+            enable_softmax=self._config_xlora.enable_softmax,
+            temperature=knobs.temperature,
+        ).expand(-1, -1, len(self._layers), -1)
+        entry = LogEntry(rows, cache.logged if cache is not None else None)
+        if cache is not None:
+            cache.logged = entry
+        self._latest = entry
+        if self.scalings_log.enabled:
+            self.scalings_log.entries.append(entry)
+
+    def get_latest_scalings(self) -> Tensor | None:
+        """Returns ``[B, T, L, K]`` of the last forward call, cached tokens included; or None.
+
+        Before top-k and global weight, as PEFT logs them. With several threads the last call
+        may be another thread's: ask ``scaling_pass`` for what belongs to one call.
+        """
+        return None if self._latest is None else self._latest.tensor()
+
+    def enable_scalings_logging(self) -> None:
+        """Starts to keep the scalings of every forward call."""
+        self.scalings_log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stops logging; what was logged stays."""
+        self.scalings_log.enabled = False
+
+    def clear_scalings_log(self) -> None:
+        """Forgets what was logged."""
+        self.scalings_log.entries.clear()
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """Returns one tensor ``[B, T, L, K]`` per forward call.
+
+        A cached generation gives what PEFT's uncached one does: T grows by one a step.
+        """
+        return self.scalings_log.tensors()
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """Returns sequence length T -> (positions in the log, tensors ``[B, T, L, K]``)."""
+        return self.scalings_log.bucketed()
+
+    # ---------------------------------------------------------------- setters
+
+    def _set(self, **changes: Any) -> None:
+        self._config_xlora = replace(self._config_xlora, **changes)
+
+    def set_topk_lora(self, value: int | None) -> None:
+        """Keeps the k largest scalings per token and module; None keeps all.
+
+        Raises:
+            ConfigError: If ``value`` is outside 1..K; names K.
+        """
+        self._set(top_k_lora=value)
+
+    def set_global_scaling_weight(self, weight: float) -> None:
+        """Sets the factor g on every scaling."""
+        self._set(global_scaling_weight=weight)
+
+    def get_global_scaling_weight(self) -> float:
+        """Returns the factor g on every scaling."""
+        return self._config_xlora.global_scaling_weight
+
+    def set_scaling_pass_value(self, value: float | None) -> None:
+        """Sets the adapters' constant in the scaling pass; None is 1/K."""
+        self._set(scaling_pass_value=1 / len(self.adapter_names) if value is None else value)
+
+    def set_softmax_temperature(self, temperature: float) -> None:
+        """Sets the divisor of the router logits, > 0.
+
+        Raises:
+            ConfigError: If it is not finite and > 0.
+        """
+        self._set(softmax_temperature=temperature)
+
+    # ---------------------------------------------------------------- merging and training
+
+    def merge_and_unload(self, weights: merge.MergeWeights = None) -> PreTrainedModel:
+        """Returns the base model as a plain Hugging Face model with the experts baked in.
+
+        The merge is a constant mixture: it cannot route. The base model is changed in place,
+        so this object is spent afterwards and refuses to run.
+
+        Args:
+            weights: None is the uniform merge (1/K each); a mapping adapter name -> weight; or
+                numbers of shape ``[K]``, or ``[L, K]`` for weights per module.
+
+        Raises:
+            ConfigError: For an unknown name, a wrong shape, or a weight that is not finite.
+        """
+        self._check_not_merged()
+        matrix = merge.weight_matrix(weights, self.adapter_names, len(self._layers))
+        merge.merge_layers(self.base_model, self._layers, matrix)
+        self._merged = True
+        return self.base_model
+
+    def _check_not_merged(self) -> None:
+        if self._merged:
+            raise ModelError(
+                "this XLoraModel was merged into its base model and has no experts any more",
+                hint="use the model that merge_and_unload returned, or load a fresh one",
+            )
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Turns gradient checkpointing on; unlike in PEFT, the classifier still learns."""
+        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+        carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
+
+
+def _with_hidden_size(config: XLoraConfig, base_model: PreTrainedModel) -> XLoraConfig:
+    actual = base_model.config.get_text_config().hidden_size
+    if config.hidden_size is None:
+        return replace(config, hidden_size=actual)
+    if config.hidden_size != actual:
+        raise ConfigError(
+            f"hidden_size is {config.hidden_size}, {type(base_model).__name__} has {actual}",
+            hint="leave hidden_size out to take it from the model",
+        )
+    return config
+
+
+def _accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the inputs that a module's forward takes; ``generate`` offers more than some do."""
+    parameters = _forward_parameters(type(module))
+    optional = ("position_ids", "logits_to_keep", "token_type_ids", "use_cache")
+    return {k: v for k, v in inputs.items() if k in parameters or k not in optional}
+
+
+@functools.cache
+def _forward_parameters(module_class: type[nn.Module]) -> frozenset[str]:
+    return frozenset(inspect.signature(module_class.forward).parameters)
