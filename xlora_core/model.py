@@ -323,7 +323,7 @@ class XLoraModel(XLoraGeneration, nn.Module):
         if scalings is not None and scalings.ndim < 4:
             n_layers = scalings.shape[0] if scalings.ndim == 2 else 1
             scalings = scalings.reshape(1, 1, n_layers, -1)
-        if self.training and self.base_model.is_gradient_checkpointing:
+        if self.training and self.base_model.is_activation_checkpointing:
             carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
         inputs = {k: v for k, v in inputs.items() if v is not None}
         with self.active_scalings.hold(scalings):
@@ -504,10 +504,12 @@ class XLoraModel(XLoraGeneration, nn.Module):
                 hint="use the model that merge_and_unload returned, or load a fresh one",
             )
 
-    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+    def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turns gradient checkpointing on; unlike in PEFT, the classifier still learns."""
-        self.base_model.gradient_checkpointing_enable(*args, **kwargs)
+        self.base_model.activation_checkpointing_enable(*args, **kwargs)
         carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
+
+    gradient_checkpointing_enable = activation_checkpointing_enable
 
 
 def _with_hidden_size(config: XLoraConfig, base_model: PreTrainedModel) -> XLoraConfig:
