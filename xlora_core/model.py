@@ -18,6 +18,7 @@ from xlora_core.adapters import LoraAdapter, read_adapter
 from xlora_core.checkpoint import Checkpoint, base_identity, read_checkpoint, write_checkpoint
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs, XLoraConfig
+from xlora_core.controls import XLoraControls
 from xlora_core.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from xlora_core.generation import XLoraGeneration
 from xlora_core.kv_cache import DualCache
@@ -51,7 +52,7 @@ class ScalingPassOutput:
     lm_logits: Tensor | None = None
 
 
-class XLoraModel(XLoraGeneration, nn.Module):
+class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
     """A frozen language model, K LoRA experts on it, and the classifier that mixes them.
 
     ``forward`` runs two passes: the scaling pass (adapters at ``scaling_pass_value``) gives the
@@ -102,7 +103,6 @@ class XLoraModel(XLoraGeneration, nn.Module):
             device=base_model.device,
         )
         self.scalings_log = ScalingsLog()
-        self._latest: LogEntry | None = None
         self._merged = False
         self.train(base_model.training)
 
@@ -207,16 +207,6 @@ class XLoraModel(XLoraGeneration, nn.Module):
             if name == "base_model":
                 raise
             return getattr(self.base_model, name)
-
-    @property
-    def config_xlora(self) -> XLoraConfig:
-        """The X-LoRA config with every setter's change in it."""
-        return self._config_xlora
-
-    @property
-    def default_knobs(self) -> RoutingKnobs:
-        """The knobs of a call that brings none."""
-        return RoutingKnobs.from_config(self._config_xlora)
 
     @property
     def lora_layers(self) -> list[XLoraLinear]:
@@ -408,73 +398,7 @@ class XLoraModel(XLoraGeneration, nn.Module):
         entry = LogEntry(rows, cache.logged if cache is not None else None)
         if cache is not None:
             cache.logged = entry
-        self._latest = entry
-        if self.scalings_log.enabled:
-            self.scalings_log.entries.append(entry)
-
-    def get_latest_scalings(self) -> Tensor | None:
-        """Returns ``[B, T, L, K]`` of the last forward call, cached tokens included; or None.
-
-        Before top-k and global weight, as PEFT logs them. With several threads the last call
-        may be another thread's: ask ``scaling_pass`` for what belongs to one call.
-        """
-        return None if self._latest is None else self._latest.tensor()
-
-    def enable_scalings_logging(self) -> None:
-        """Starts to keep the scalings of every forward call."""
-        self.scalings_log.enabled = True
-
-    def disable_scalings_logging(self) -> None:
-        """Stops logging; what was logged stays."""
-        self.scalings_log.enabled = False
-
-    def clear_scalings_log(self) -> None:
-        """Forgets what was logged."""
-        self.scalings_log.entries.clear()
-
-    def get_scalings_log(self) -> list[Tensor]:
-        """Returns one tensor ``[B, T, L, K]`` per forward call.
-
-        A cached generation gives what PEFT's uncached one does: T grows by one a step.
-        """
-        return self.scalings_log.tensors()
-
-    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
-        """Returns sequence length T -> (positions in the log, tensors ``[B, T, L, K]``)."""
-        return self.scalings_log.bucketed()
-
-    # ---------------------------------------------------------------- setters
-
-    def _set(self, **changes: Any) -> None:
-        self._config_xlora = replace(self._config_xlora, **changes)
-
-    def set_topk_lora(self, value: int | None) -> None:
-        """Keeps the k largest scalings per token and module; None keeps all.
-
-        Raises:
-            ConfigError: If ``value`` is outside 1..K; names K.
-        """
-        self._set(top_k_lora=value)
-
-    def set_global_scaling_weight(self, weight: float) -> None:
-        """Sets the factor g on every scaling."""
-        self._set(global_scaling_weight=weight)
-
-    def get_global_scaling_weight(self) -> float:
-        """Returns the factor g on every scaling."""
-        return self._config_xlora.global_scaling_weight
-
-    def set_scaling_pass_value(self, value: float | None) -> None:
-        """Sets the adapters' constant in the scaling pass; None is 1/K."""
-        self._set(scaling_pass_value=1 / len(self.adapter_names) if value is None else value)
-
-    def set_softmax_temperature(self, temperature: float) -> None:
-        """Sets the divisor of the router logits, > 0.
-
-        Raises:
-            ConfigError: If it is not finite and > 0.
-        """
-        self._set(softmax_temperature=temperature)
+        self.scalings_log.add(entry)
 
     # ---------------------------------------------------------------- merging and training
 

@@ -41,6 +41,17 @@ class ScalingsLog:
     def __init__(self) -> None:
         self.enabled = False
         self.entries: list[LogEntry] = []
+        self._last: LogEntry | None = None
+
+    def add(self, entry: LogEntry) -> None:
+        """Notes the entry of a forward call; keeps it while enabled."""
+        self._last = entry
+        if self.enabled:
+            self.entries.append(entry)
+
+    def latest(self) -> Tensor | None:
+        """Returns ``[B, T, L, K]`` of the last forward call, or None."""
+        return None if self._last is None else self._last.tensor()
 
     def tensors(self) -> list[Tensor]:
         """Returns one detached tensor ``[B, T, L, K]`` per forward call.

@@ -1,0 +1,95 @@
+"""The model's controls, under PEFT's names: defaults of the knobs, and the scalings log."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from xlora_core.config import RoutingKnobs, XLoraConfig
+from xlora_core.scalings_log import ScalingsLog
+
+
+class XLoraControls:
+    """Setters and log access of ``XLoraModel``.
+
+    A setter changes the default that calls without knobs of their own run with, and the config
+    that is saved. A call that brings ``RoutingKnobs`` is not affected.
+    """
+
+    _config_xlora: XLoraConfig
+    adapter_names: list[str]
+    scalings_log: ScalingsLog
+
+    @property
+    def config_xlora(self) -> XLoraConfig:
+        """The X-LoRA config with every setter's change in it."""
+        return self._config_xlora
+
+    @property
+    def default_knobs(self) -> RoutingKnobs:
+        """The knobs of a call that brings none."""
+        return RoutingKnobs.from_config(self._config_xlora)
+
+    def get_latest_scalings(self) -> Tensor | None:
+        """Returns ``[B, T, L, K]`` of the last forward call, cached tokens included; or None.
+
+        Before top-k and global weight, as PEFT logs them. With several threads the last call
+        may be another thread's: ask ``scaling_pass`` for what belongs to one call.
+        """
+        return self.scalings_log.latest()
+
+    def enable_scalings_logging(self) -> None:
+        """Starts to keep the scalings of every forward call."""
+        self.scalings_log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stops logging; what was logged stays."""
+        self.scalings_log.enabled = False
+
+    def clear_scalings_log(self) -> None:
+        """Forgets what was logged."""
+        self.scalings_log.entries.clear()
+
+    def get_scalings_log(self) -> list[Tensor]:
+        """Returns one tensor ``[B, T, L, K]`` per forward call.
+
+        A cached generation gives what PEFT's uncached one does: T grows by one a step.
+        """
+        return self.scalings_log.tensors()
+
+    def get_bucketed_scalings_log(self) -> dict[int, tuple[list[int], list[Tensor]]]:
+        """Returns sequence length T -> (positions in the log, tensors ``[B, T, L, K]``)."""
+        return self.scalings_log.bucketed()
+
+    def _set(self, **changes: Any) -> None:
+        self._config_xlora = replace(self._config_xlora, **changes)
+
+    def set_topk_lora(self, value: int | None) -> None:
+        """Keeps the k largest scalings per token and module; None keeps all.
+
+        Raises:
+            ConfigError: If ``value`` is outside 1..K; names K.
+        """
+        self._set(top_k_lora=value)
+
+    def set_global_scaling_weight(self, weight: float) -> None:
+        """Sets the factor g on every scaling."""
+        self._set(global_scaling_weight=weight)
+
+    def get_global_scaling_weight(self) -> float:
+        """Returns the factor g on every scaling."""
+        return self._config_xlora.global_scaling_weight
+
+    def set_scaling_pass_value(self, value: float | None) -> None:
+        """Sets the adapters' constant in the scaling pass; None is 1/K."""
+        self._set(scaling_pass_value=1 / len(self.adapter_names) if value is None else value)
+
+    def set_softmax_temperature(self, temperature: float) -> None:
+        """Sets the divisor of the router logits, > 0.
+
+        Raises:
+            ConfigError: If it is not finite and > 0.
+        """
+        self._set(softmax_temperature=temperature)
