@@ -74,4 +74,4 @@ class XLoraClassifier(nn.Module):
         """
         weights = next(self.parameters())
         logits: Tensor = self.layers(hidden.to(device=weights.device, dtype=weights.dtype))
-        return logits.unflatten(-1, (self.n_routed_layers, self.n_adapters))
+        return logits.reshape(*hidden.shape[:-1], self.n_routed_layers, self.n_adapters)

@@ -5,20 +5,20 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import GenerationMixin
-from transformers.modeling_utils import PreTrainedModel
 
 from xlora_core.errors import ModelError
 from xlora_core.kv_cache import DualCache
 
 
-class XLoraGeneration(GenerationMixin):  # type: ignore[misc]  # transformers ships no usable types
+class XLoraGeneration(GenerationMixin):
     """``generate`` over a ``DualCache``: greedy, sampling, beams, streamers, stopping criteria.
 
     The class it is mixed into provides ``base_model``; everything that depends on the
     architecture is asked of that model.
     """
 
-    base_model: PreTrainedModel
+    # Any: what transformers declares on its models hides their methods from a type checker.
+    base_model: Any
 
     def can_generate(self) -> bool:
         """Returns whether the base model can."""
@@ -31,7 +31,7 @@ class XLoraGeneration(GenerationMixin):  # type: ignore[misc]  # transformers sh
     def _supports_logits_to_keep(self) -> bool:
         return bool(self.base_model._supports_logits_to_keep())
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override]  # generate ignores the result
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")

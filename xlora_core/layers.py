@@ -41,7 +41,8 @@ class ActiveScalings(threading.local):
             self.value = previous
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ActiveScalings:
-        return memo.setdefault(id(self), ActiveScalings())
+        copy: ActiveScalings = memo.setdefault(id(self), ActiveScalings())
+        return copy
 
     def __reduce__(self) -> tuple[type[ActiveScalings], tuple[()]]:
         return ActiveScalings, ()
@@ -95,12 +96,12 @@ class XLoraLinear(nn.Module):
         self.dropouts = [dropouts.get(index, 0.0) for index in experts]
         device = base_layer.weight.device
         assert isinstance(device, torch.device)  # narrows nn.Module's loose attribute type
-        stack = {"device": device, "dtype": dtype}
         self.lora_A = nn.Parameter(
-            torch.cat([w.lora_A for w in experts.values()]).to(**stack), requires_grad=trainable
+            torch.cat([w.lora_A for w in experts.values()]).to(device, dtype),
+            requires_grad=trainable,
         )
         self.lora_B = nn.Parameter(
-            torch.cat([w.lora_B for w in experts.values()], dim=1).to(**stack),
+            torch.cat([w.lora_B for w in experts.values()], dim=1).to(device, dtype),
             requires_grad=trainable,
         )
         ranks = torch.tensor(self.ranks)

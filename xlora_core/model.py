@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -450,11 +450,11 @@ def _with_hidden_size(config: XLoraConfig, base_model: PreTrainedModel) -> XLora
 
 def _accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Returns the inputs that a module's forward takes; ``generate`` offers more than some do."""
-    parameters = _forward_parameters(type(module))
+    parameters = _parameters(type(module).forward)
     optional = ("position_ids", "logits_to_keep", "token_type_ids", "use_cache")
     return {k: v for k, v in inputs.items() if k in parameters or k not in optional}
 
 
 @functools.cache
-def _forward_parameters(module_class: type[nn.Module]) -> frozenset[str]:
-    return frozenset(inspect.signature(module_class.forward).parameters)
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
