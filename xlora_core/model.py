@@ -419,7 +419,8 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         matrix = merge.weight_matrix(weights, self.adapter_names, len(self._layers))
         merge.merge_layers(self.base_model, self._layers, matrix)
         self._merged = True
-        return self.base_model
+        merged: PreTrainedModel = self.base_model
+        return merged
 
     def _check_not_merged(self) -> None:
         if self._merged:
