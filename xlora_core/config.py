@@ -7,15 +7,21 @@ and validates it again.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from os import PathLike
 from typing import Any
 
 from xlora_core.errors import ConfigError
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _is_int(value: object) -> bool:
@@ -41,13 +47,12 @@ def _top_k_fault(name: str, value: object, n_adapters: int | None) -> str | None
 
 def _named_folders(adapters: object) -> tuple[dict[str, str], list[str]]:
     """Returns name -> folder in order, and the faults found on the way."""
-    if isinstance(adapters, Mapping):
-        pairs = list(adapters.items())
-    else:
-        try:
-            pairs = [(name, folder) for name, folder in adapters]  # type: ignore[attr-defined]  # anything else ends in the fault below
-        except (TypeError, ValueError):
-            return {}, [f"adapters must map names to folders, got {type(adapters).__name__}"]
+    fault = f"adapters must map names to folders, got {adapters!r}"
+    if not isinstance(adapters, Iterable) or isinstance(adapters, str):
+        return {}, [fault]
+    pairs = list(adapters.items() if isinstance(adapters, Mapping) else adapters)
+    if not all(isinstance(pair, list | tuple) and len(pair) == 2 for pair in pairs):
+        return {}, [fault]
     named: dict[str, str] = {}
     faults: list[str] = []
     for name, folder in pairs:
@@ -55,6 +60,8 @@ def _named_folders(adapters: object) -> tuple[dict[str, str], list[str]]:
             faults.append(f"adapters: a name must be a non-empty string, got {name!r}")
         elif name in named:
             faults.append(f"adapters: two adapters are named {name!r}, names must differ")
+        elif not isinstance(folder, str | PathLike):
+            faults.append(f"adapters: the folder of {name!r} must be a path, got {folder!r}")
         else:
             named[name] = str(folder)
     return named, faults
@@ -264,8 +271,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """One way of running a prompt. Make one with ``Arm.routed()``, ``merged()``, ``base()``
-    or ``expert(name)``.
+    """One way of running a prompt.
+
+    Make one with ``Arm.routed()``, ``merged()``, ``base()`` or ``expert(name)``.
 
     Attributes:
         kind: ``"routed"``, ``"merged"``, ``"base"`` or ``"expert"``.
