@@ -1,0 +1,1 @@
+"""The X-LoRA Explorer app: ``streamlit run app/main.py``."""

@@ -1,0 +1,1 @@
+"""Custom views that run in the browser."""

@@ -1,0 +1,211 @@
+"""What the page shows of a run, as plain numpy and pandas: no Streamlit, no model, no tensor."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from xlora_core import Arm, RoutingKnobs, Run
+
+FloatArray = NDArray[np.float32]
+
+_BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<block>\d+)\.(?P<path>.+)$")
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The routing of one arm, ready to draw.
+
+    Attributes:
+        scalings: ``[R, L, K]`` what the router says.
+        effective: ``[R, L, K]`` what the modules multiply by.
+        cut: ``[R, L, K]`` True where top-k dropped an adapter.
+        present: ``[L, K]`` False where an adapter has no weights in a module.
+        global_weight: ``[R]`` the factor in force at each token.
+    """
+
+    scalings: FloatArray
+    effective: FloatArray
+    cut: NDArray[np.bool_]
+    present: NDArray[np.bool_]
+    global_weight: FloatArray
+
+
+def module_table(layer_names: Sequence[str]) -> pd.DataFrame:
+    """Returns one row per adapted module: ``layer_name``, ``block``, ``kind``.
+
+    ``block`` is the number in the module path (-1: none); ``kind`` is the shortest end of the
+    path that still tells the modules of a block apart.
+
+    Example:
+        >>> module_table(["model.layers.3.self_attn.q_proj"]).iloc[0].tolist()
+        ['model.layers.3.self_attn.q_proj', 3, 'q_proj']
+    """
+    blocks, paths = [], []
+    for name in layer_names:
+        match = _BLOCK.match(name)
+        blocks.append(int(match["block"]) if match else -1)
+        paths.append(match["path"] if match else name)
+    ends: dict[str, set[str]] = {}
+    for path in paths:
+        ends.setdefault(path.rsplit(".", 1)[-1], set()).add(path)
+    kinds = [end if len(ends[end := p.rsplit(".", 1)[-1]]) == 1 else p for p in paths]
+    return pd.DataFrame({"layer_name": list(layer_names), "block": blocks, "kind": kinds})
+
+
+def arm_title(arm: Arm) -> str:
+    """Returns the arm's name as the page writes it."""
+    if arm.kind == "expert":
+        return f"Expert {arm.adapter} alone"
+    return {"routed": "Routed (X-LoRA)", "merged": "Merged (uniform 1/K)", "base": "Base model"}[
+        arm.kind
+    ]
+
+
+def routed_arm(run: Run) -> int | None:
+    """Returns the index of the first routed arm, or None when the run has none."""
+    for index, track in enumerate(run.tracks):
+        if track.arm.kind == "routed" and track.router_logits is not None:
+            return index
+    return None
+
+
+def routing(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> Routing:
+    """Returns the arm's routing; one row per module, or one for all when the router shares it.
+
+    Args:
+        run: A finished run or a snapshot of a live one.
+        arm: Index of a routed arm.
+        knobs: Route the recorded logits with these instead of the knobs in force at the time.
+    """
+    track = run.tracks[arm]
+    present = np.asarray(run.header.present, dtype=bool)
+    scalings = np.asarray(run.scalings(arm, knobs=knobs), dtype=np.float32)
+    effective = np.asarray(run.scalings(arm, knobs=knobs, effective=True), dtype=np.float32)
+    rows = scalings.shape[0]
+    if knobs is None:
+        weight = np.asarray(track.global_weight[:rows], dtype=np.float32)
+    else:
+        weight = np.full(rows, knobs.global_weight, dtype=np.float32)
+    if not run.header.layerwise:
+        # All modules share one row of scalings; it is absent only where no module has the adapter.
+        first = int(np.argmax(present.sum(axis=1)))
+        scalings, effective = scalings[:, :1], effective[:, first : first + 1]
+        present = present.any(axis=0, keepdims=True)
+    cut = (effective == 0) & (scalings != 0) & present & (weight != 0)[:, None, None]
+    return Routing(scalings, effective, cut, present, weight)
+
+
+def mass_shares(scalings: FloatArray) -> FloatArray:
+    """Returns each adapter's share of the mass at each token, ``[R, L, K]`` -> ``[R, K]``.
+
+    The mass is the sum of absolute scalings over the modules. Shares of a token sum to 1, or are
+    all 0 where no adapter has any mass.
+    """
+    mass = np.abs(scalings).sum(axis=1, dtype=np.float64)
+    total = mass.sum(axis=1, keepdims=True)
+    return np.divide(mass, total, out=np.zeros_like(mass), where=total > 0).astype(np.float32)
+
+
+def effective_number(scalings: FloatArray) -> FloatArray:
+    """Returns the effective number of adapters at each token, ``[R, L, K]`` -> ``[R]``.
+
+    ``exp`` of the entropy of a module's absolute scalings, averaged over the modules that have
+    any mass: 1 when one adapter carries everything, K when all carry the same, 0 without mass.
+    """
+    size = np.abs(scalings, dtype=np.float64)
+    total = size.sum(axis=2, keepdims=True)
+    p = np.divide(size, total, out=np.zeros_like(size), where=total > 0)
+    entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=2)
+    alive = total[..., 0] > 0
+    count = np.maximum(alive.sum(axis=1), 1)
+    return ((np.exp(entropy) * alive).sum(axis=1) / count).astype(np.float32)
+
+
+def value_range(values: FloatArray, *, bounded: bool, at_least: float = 1.0) -> tuple[float, float]:
+    """Returns the colour range of a plane: fixed where it can be, and never shrinking with data.
+
+    Args:
+        values: What is drawn.
+        bounded: Values are a softmax's, so they start at 0.
+        at_least: The upper end's smallest value.
+
+    Returns:
+        ``(0, high)`` for values that start at 0, else ``(-high, high)``; ``high`` moves in powers
+        of 2 so that a streaming run rarely repaints.
+    """
+    high = float(np.abs(values).max(initial=0.0))
+    high = (
+        at_least if high <= at_least else float(at_least * 2 ** np.ceil(np.log2(high / at_least)))
+    )
+    negative = not bounded or bool((values < 0).any())
+    return (-high if negative else 0.0, high)
+
+
+def knob_texts(top_k: int, temperature: float, global_weight: float) -> list[str]:
+    """Returns each knob as a short text; a ``top_k`` of 0 keeps all."""
+    kept = str(top_k) if top_k else "all"
+    return [f"top-k {kept}", f"temperature {temperature:.3g}", f"weight {global_weight:.3g}"]
+
+
+def knob_changes(run: Run, arm: int) -> list[tuple[int, str, str]]:
+    """Returns (token, what changed, all knobs) for each token where new knobs came into force.
+
+    The first entry is token 0 with the knobs at the start.
+    """
+    track = run.tracks[arm]
+    rows = min(len(track.top_k), len(track.temperature), len(track.global_weight))
+    found: list[tuple[int, str, str]] = []
+    before: list[str] = []
+    for t in range(min(rows, track.n_routed)):
+        top_k, temperature = int(track.top_k[t]), float(track.temperature[t])
+        now = knob_texts(top_k, temperature, float(track.global_weight[t]))
+        if now != before:
+            changed = [text for text in now if text not in before]
+            found.append((t, " · ".join(changed), " · ".join(now)))
+        before = now
+    return found
+
+
+def first_difference(run: Run, arm: int, reference: int) -> int | None:
+    """Returns the first response position where the arm's token is not the reference's.
+
+    None while one is only a beginning of the other and both may still go on.
+    """
+    ours, theirs = run.tracks[arm], run.tracks[reference]
+    pairs = zip_longest(ours.token_ids[ours.n_prompt :], theirs.token_ids[theirs.n_prompt :])
+    for position, (a, b) in enumerate(pairs):
+        if (a is None and not ours.finish_reason) or (b is None and not theirs.finish_reason):
+            return None
+        if a != b:
+            return position
+    return None
+
+
+def tokens_per_second(run: Run, arm: int) -> float | None:
+    """Returns the arm's decoding speed after its first new token, or None when it has no two."""
+    track = run.tracks[arm]
+    seconds = np.asarray(track.seconds[track.n_prompt :], dtype=np.float64)
+    if len(seconds) < 2 or seconds[-1] <= seconds[0]:
+        return None
+    return float((len(seconds) - 1) / (seconds[-1] - seconds[0]))
+
+
+def arm_table(run: Run) -> pd.DataFrame:
+    """Returns one row per arm: ``arm``, ``tokens``, ``tokens_per_second``, ``finished``."""
+    return pd.DataFrame(
+        {
+            "arm": [arm_title(track.arm) for track in run.tracks],
+            "tokens": [len(track.token_ids) - track.n_prompt for track in run.tracks],
+            "tokens_per_second": [tokens_per_second(run, i) for i in range(len(run.tracks))],
+            "finished": [track.finish_reason for track in run.tracks],
+        }
+    )

@@ -1,0 +1,1 @@
+"""One module per page; each reads like a script: widgets, engine client, frames, component."""
