@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 KEY_PREFIX = "base_model.model."
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 _LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 
@@ -109,7 +111,7 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"adapter {name!r}: {path} is not valid JSON: {error}") from error
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         found = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
@@ -118,6 +120,11 @@ def _read_config(name: str, folder: Path) -> dict[str, Any]:
             hint="an X-LoRA mixes plain LoRA adapters only",
         )
     _refuse_unsupported(name, path, config)
+    dropout = config.get("lora_dropout") or 0
+    if not _is_number(dropout) or not 0 <= dropout < 1:
+        raise AdapterError(
+            f"adapter {name!r}: {path}: lora_dropout must be in [0, 1), got {dropout!r}"
+        )
     return config
 
 
@@ -146,7 +153,7 @@ def _refuse_unsupported(name: str, path: Path, config: Mapping[str, Any]) -> Non
 
 def refuse_pickle(path: Path, *, what: str) -> None:
     """Raises ``AdapterError`` if a path names a pickle. Pickles run code when they are read."""
-    if path.suffix in PICKLE_SUFFIXES:
+    if path.suffix.lower() in PICKLE_SUFFIXES:
         raise AdapterError(
             f"{what}: {path.name} is a pickle; pickles can run code and are never opened",
             hint="save the weights as safetensors (PEFT: save_pretrained(safe_serialization=True))",
@@ -166,9 +173,10 @@ def _read_weights(name: str, folder: Path) -> dict[str, Tensor]:
     if not tensors:
         raise AdapterError(f"adapter {name!r}: {path} holds no tensors")
     for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in DTYPES:
             raise AdapterError(
-                f"adapter {name!r}: {path}: tensor {key} is {tensor.dtype}, expected floating point"
+                f"adapter {name!r}: {path}: tensor {key} is {tensor.dtype}, expected one of "
+                f"{', '.join(map(str, DTYPES))}"
             )
         if not torch.isfinite(tensor).all():
             raise AdapterError(
@@ -211,7 +219,14 @@ def _pair_tensors(
                 hint="only adapters on linear layers (Linear, Conv1D) can be mixed",
             )
         module = match["module"].removeprefix(KEY_PREFIX)
-        sides.setdefault(module, {})[match["side"]] = tensor
+        pair = sides.setdefault(module, {})
+        if match["side"] in pair:
+            raise AdapterError(
+                f"adapter {name!r}: {folder / WEIGHTS_FILE}: module {module} has two tensors "
+                f"lora_{match['side']}, expected one",
+                hint="the file holds several adapters; save each of them alone",
+            )
+        pair[match["side"]] = tensor
     return {module: _checked_pair(name, module, config, pair) for module, pair in sides.items()}
 
 
@@ -223,29 +238,43 @@ def _checked_pair(
     if missing:
         raise AdapterError(f"{where}: {missing[0]} is missing, the file is incomplete")
     lora_A, lora_B = pair["A"], pair["B"]
-    rank = _by_pattern(config.get("rank_pattern"), module, config.get("r"))
+    rank = _by_pattern(config, "rank_pattern", config.get("r"), where, module)
     if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1]:
         raise AdapterError(
             f"{where}: lora_A must be [r, in] and lora_B [out, r], found {list(lora_A.shape)} "
             f"and {list(lora_B.shape)}"
         )
-    if not isinstance(rank, int) or lora_A.shape[0] != rank:
+    if isinstance(rank, bool) or lora_A.shape[0] != rank or rank < 1:
         raise AdapterError(
             f"{where}: {CONFIG_FILE} says rank {rank!r}, the tensors have rank {lora_A.shape[0]}"
         )
-    alpha = _by_pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    alpha = _by_pattern(config, "alpha_pattern", config.get("lora_alpha", 8), where, module)
+    if not _is_number(alpha):
         raise AdapterError(f"{where}: lora_alpha must be a finite number, got {alpha!r}")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
     return LoraWeights(lora_A=lora_A, lora_B=lora_B, lora_scaling=alpha / divisor)
 
 
-def _by_pattern(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
+def _is_number(value: object) -> bool:
+    """Whether a JSON value is a finite number that fits a float."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    return abs(value) <= sys.float_info.max
+
+
+def _by_pattern(config: Mapping[str, Any], key: str, default: Any, where: str, module: str) -> Any:
     """Returns the value of the first pattern that matches a module's path or its end.
 
     Source: PEFT 0.21.2, ``get_pattern_key``.
     """
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+    patterns = config.get(key) or {}
+    if not isinstance(patterns, Mapping):
+        raise AdapterError(f"{where}: {key} must map patterns to numbers, got {patterns!r}")
+    for pattern, value in patterns.items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise AdapterError(f"{where}: {key}: {pattern!r} is not a pattern: {error}") from error
+        if matches:
             return value
     return default
