@@ -53,6 +53,10 @@ class RunFileError(XLoraError, ValueError):
     """A run file is truncated, doctored, or of a newer version."""
 
 
+class RecordError(XLoraError, ValueError):
+    """A record is written out of order or with wrong shapes, or an export cannot be written."""
+
+
 class EngineError(XLoraError, RuntimeError):
     """The engine cannot serve a request (closed, or the step failed)."""
 
