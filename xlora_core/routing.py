@@ -27,7 +27,8 @@ def scalings_from_logits(
     Args:
         logits: ``[..., T, L, K]``, floating point.
         enable_softmax: Softmax over the K adapters; otherwise the logits are the scalings.
-        temperature: Divides the logits before the softmax; a tensor has shape ``[T]``.
+        temperature: Divides the logits before the softmax, > 0; a tensor has shape ``[T]``.
+            However small, the result is finite: it tends to the largest logit alone.
 
     Returns:
         ``[..., T, L, K]``; with ``enable_softmax`` each token's scalings sum to 1 per module.
@@ -36,6 +37,14 @@ def scalings_from_logits(
     """
     if not enable_softmax:
         return logits
+    # The largest logit is taken off before the division: a small temperature would make it
+    # infinite, and the softmax NaN. The bounds keep the temperature from rounding to 0.
+    bounds = torch.finfo(logits.dtype)
+    if isinstance(temperature, Tensor):
+        temperature = temperature.to(logits.dtype).clamp(bounds.tiny, bounds.max)
+    else:
+        temperature = min(max(temperature, bounds.tiny), bounds.max)
+    logits = logits - logits.detach().amax(dim=-1, keepdim=True)
     return torch.softmax(logits / _per_token(temperature), dim=-1)
 
 
