@@ -104,9 +104,7 @@ def test_a_fresh_model_is_the_uniform_merge(tmp_path: Path) -> None:
 def test_router_training_lowers_the_loss_and_changes_the_classifier_only(tmp_path: Path) -> None:
     model = fresh_model(tiny_base(), write_experts(tmp_path / "experts"), ROUTER)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    log = train_router(
-        model, PAD, examples(), examples(4), tmp_path / "out", ROUTER, report=lambda _: None
-    )
+    log = train_router(model, PAD, examples(), examples(4), tmp_path / "out", ROUTER)
     assert log.heldout_loss[-1][1] < log.heldout_loss[0][1] - 0.01
     assert [point[0] for point in log.heldout_loss] == [0, 3, 6]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}

@@ -134,6 +134,10 @@ def _settings(options: argparse.Namespace, cls: type[LoopSettings]) -> dict[str,
     return {f.name: getattr(options, f.name) for f in fields(cls) if f.name in _HELP}
 
 
+def _report(line: str) -> None:
+    print(line, flush=True)
+
+
 def _expert(options: argparse.Namespace, command: str) -> None:
     recipes.run_expert(
         ExpertSettings(domain=options.domain, **_settings(options, ExpertSettings)),
@@ -142,6 +146,7 @@ def _expert(options: argparse.Namespace, command: str) -> None:
         base=options.base,
         base_name=options.base_name,
         command=command,
+        report=_report,
     )
 
 
@@ -157,6 +162,7 @@ def _router(options: argparse.Namespace, command: str) -> None:
         work=options.work or options.out.with_name(f"{options.out.name}.training"),
         base=options.base,
         command=command,
+        report=_report,
     )
 
 
@@ -170,17 +176,24 @@ def _evaluate(options: argparse.Namespace, command: str) -> None:
             base=options.base,
             rows=options.rows,
             command=command,
+            report=_report,
         )
     )
 
 
-def _sample(options: argparse.Namespace, command: str) -> None:
+def _sample(options: argparse.Namespace, _command: str) -> None:
     recipes.write_sample(options.data, options.domains, options.out, train=32, heldout=16)
 
 
-def _demo(options: argparse.Namespace, command: str) -> None:
+def _demo(options: argparse.Namespace, _command: str) -> None:
     print(
-        recipes.run_demo(data=options.data, out=options.out, work=options.work, base=options.base)
+        recipes.run_demo(
+            data=options.data,
+            out=options.out,
+            work=options.work,
+            base=options.base,
+            report=_report,
+        )
     )
 
 

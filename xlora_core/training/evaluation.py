@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xlora_core.model import XLoraModel
 from xlora_core.training.data import Batch, Example, collate
+from xlora_core.training.loop import Report, silent
 from xlora_core.training.losses import answer_columns, column_losses
 
 MIXED = "mixed"  # the group of rows whose domain changes midway
@@ -47,7 +48,7 @@ def evaluate(
     pad_id: int,
     *,
     rows: int = 4,
-    report: Callable[[str], None] = lambda line: None,
+    report: Report = silent,
 ) -> dict[str, DomainResult]:
     """Evaluates every arm on every group of held-out rows.
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from xlora_core.errors import ConfigError
 from xlora_core.training.data import Example, batches
-from xlora_core.training.loop import CHECKPOINT, LoopSettings, TrainingLog, optimise
+from xlora_core.training.loop import CHECKPOINT, LoopSettings, Report, TrainingLog, optimise, silent
 from xlora_core.training.losses import backbone_losses, mean_backbone_loss
 
 
@@ -65,6 +65,7 @@ def train_expert(
     *,
     base_name: str,
     command: str = "",
+    report: Report = silent,
 ) -> TrainingLog:
     """Trains one LoRA expert on a base model and writes it in PEFT's format.
 
@@ -81,6 +82,7 @@ def train_expert(
         settings: How to train.
         base_name: The base model's public name, written to ``adapter_config.json``.
         command: The command line, written to ``training.json``.
+        report: Gets a line at each step.
 
     Returns:
         The losses on the way.
@@ -112,7 +114,7 @@ def train_expert(
         settings,
         log,
         out,
-        report=lambda line: print(f"{settings.domain}  {line}", flush=True),
+        report=report,
     )
     _write_adapter(out, masters, settings, base_name)
     log.write(out / "training.json")

@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from xlora_core.training.data import Batch
 
 CHECKPOINT = "checkpoint.pt"
+Report = Callable[[str], None]  # gets a line of progress
 _FLOOR = 0.05  # the cosine ends at this share of the peak
+
+
+def silent(line: str) -> None:
+    """Reports nothing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +102,7 @@ def optimise(
     log: TrainingLog,
     out: Path,
     *,
-    report: Callable[[str], None] = print,
+    report: Report = silent,
 ) -> dict[str, Tensor]:
     """Trains parameters in place.
 
@@ -129,7 +134,7 @@ def optimise(
     for step in range(first, settings.steps):
         started = time.perf_counter()
         value = loss(next(stream))
-        value.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        value.backward()
         for name, master in masters.items():
             grad = live[name].grad
             master.grad = None if grad is None else grad.float()

@@ -24,6 +24,7 @@ from xlora_core.training.data import (
 )
 from xlora_core.training.evaluation import MIXED, evaluate, table
 from xlora_core.training.experts import ExpertSettings, train_expert
+from xlora_core.training.loop import Report, silent
 from xlora_core.training.router import (
     RouterSettings,
     fresh_model,
@@ -37,10 +38,10 @@ DEMO_BASE_NAME = "SmolLM2-135M-Instruct"
 DEMO_EXPERTS = (
     ExpertSettings(domain="math", steps=80, rows=10, max_length=256),
     ExpertSettings(domain="chemistry", steps=70, rows=8, max_length=288),
-    ExpertSettings(domain="python", steps=60, rows=4, max_length=352),
-    ExpertSettings(domain="verse", steps=60, rows=4, max_length=320),
+    ExpertSettings(domain="python", steps=50, rows=4, max_length=320),
+    ExpertSettings(domain="verse", steps=40, rows=4, max_length=288),
 )
-DEMO_ROUTER = RouterSettings()
+DEMO_ROUTER = RouterSettings(steps=100, rows=6, max_length=224, eval_every=50)
 EVALUATION_LENGTH = 288
 
 # Rows that cite tables whose licence was not found are left out of the committed sample.
@@ -87,11 +88,12 @@ def run_expert(
     base: str = DEMO,
     base_name: str = "",
     command: str = "",
+    report: Report = silent,
 ) -> None:
     """Trains one expert, unless ``out`` holds it already with the same settings."""
     done = out / "training.json"
     if done.is_file() and json.loads(done.read_text())["settings"] == asdict(settings):
-        print(f"{settings.domain}  is trained already: {out}", flush=True)
+        report(f"{settings.domain} is trained already: {out}")
         return
     model, tokenizer = load_base(base, settings.dtype)
     train = encode_rows(
@@ -112,8 +114,9 @@ def run_expert(
         heldout,
         out,
         settings,
-        base_name=base_name or (DEMO_BASE_NAME if base == DEMO else base),
+        base_name=base_name or (DEMO_BASE_NAME if base == DEMO else Path(base).name),
         command=command,
+        report=lambda line: report(f"{settings.domain}  {line}"),
     )
 
 
@@ -126,6 +129,7 @@ def run_router(
     work: Path,
     base: str = DEMO,
     command: str = "",
+    report: Report = silent,
 ) -> None:
     """Trains a router over experts and writes the whole checkpoint to ``out``.
 
@@ -135,7 +139,7 @@ def run_router(
     model, tokenizer = load_base(base, settings.dtype)
     rows = {name: read_domain(data, name, "train") for name in adapters}
     xlora = fresh_model(model, adapters, settings)
-    heldout = evaluation_groups(data, list(adapters), tokenizer, rows=4, seed=1)
+    heldout = evaluation_groups(data, list(adapters), tokenizer, rows=3, seed=1)
     train_router(
         xlora,
         pad_id(tokenizer),
@@ -144,6 +148,7 @@ def run_router(
         work,
         settings,
         command=command,
+        report=lambda line: report(f"router  {line}"),
     )
     trained = xlora.classifier.state_dict()
     del xlora, model
@@ -175,6 +180,7 @@ def run_evaluation(
     base: str = DEMO,
     rows: int = 16,
     command: str = "",
+    report: Report = silent,
 ) -> str:
     """Evaluates a checkpoint in float32; writes JSON, and the table into a model card.
 
@@ -187,9 +193,7 @@ def run_evaluation(
     model, tokenizer = load_base(base)
     xlora = XLoraModel.from_pretrained(model, checkpoint)
     groups = evaluation_groups(data, xlora.adapter_names, tokenizer, rows=rows)
-    results = evaluate(
-        xlora, groups, pad_id(tokenizer), report=lambda line: print(line, flush=True)
-    )
+    results = evaluate(xlora, groups, pad_id(tokenizer), report=report)
     values = {name: asdict(result) for name, result in results.items()}
     record = {
         "command": command,
@@ -245,7 +249,9 @@ def write_sample(
                 packed.write(("\n".join(lines) + "\n").encode())
 
 
-def run_demo(*, data: Path, out: Path, work: Path, base: str = DEMO) -> str:
+def run_demo(
+    *, data: Path, out: Path, work: Path, base: str = DEMO, report: Report = silent
+) -> str:
     """Trains the demo's experts and router, and evaluates them; returns the table.
 
     Goes on where an earlier call with the same ``work`` was cut off.
@@ -254,7 +260,15 @@ def run_demo(*, data: Path, out: Path, work: Path, base: str = DEMO) -> str:
     adapters = {}
     for settings in DEMO_EXPERTS:
         folder = work / "experts" / settings.domain
-        run_expert(settings, data=data, out=folder, base=base, command=f"{module} demo")
+        run_expert(
+            settings,
+            data=data,
+            out=folder,
+            base=base,
+            base_name=DEMO_BASE_NAME,
+            command=f"{module} demo",
+            report=report,
+        )
         adapters[settings.domain] = str(folder)
     run_router(
         DEMO_ROUTER,
@@ -264,6 +278,7 @@ def run_demo(*, data: Path, out: Path, work: Path, base: str = DEMO) -> str:
         work=work / "router",
         base=base,
         command=f"{module} demo",
+        report=report,
     )
     logs = out / "training"
     logs.mkdir(parents=True, exist_ok=True)
@@ -277,4 +292,5 @@ def run_demo(*, data: Path, out: Path, work: Path, base: str = DEMO) -> str:
         card=out / "MODEL_CARD.md",
         base=base,
         command=f"{module} evaluate",
+        report=report,
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from xlora_core.training.data import (
     encode_rows,
     mixed_examples,
 )
-from xlora_core.training.loop import CHECKPOINT, LoopSettings, TrainingLog, optimise
+from xlora_core.training.loop import CHECKPOINT, LoopSettings, Report, TrainingLog, optimise, silent
 from xlora_core.training.losses import answer_columns, balanced_mean, column_losses
 
 
@@ -86,7 +86,7 @@ def train_router(
     settings: RouterSettings,
     *,
     command: str = "",
-    report: Callable[[str], None] = lambda line: print(f"router  {line}", flush=True),
+    report: Report = silent,
 ) -> TrainingLog:
     """Trains a model's classifier, and its experts if they are trainable.
 
@@ -155,8 +155,7 @@ def fresh_model(base: Any, adapters: Mapping[str, str], settings: RouterSettings
         xlora_size=settings.size,
     )
     model = XLoraModel.from_base(base, config)
-    last = model.classifier.layers[-1]
-    assert isinstance(last, nn.Linear)  # narrows nn.Sequential's loose item type
+    last = cast("nn.Linear", model.classifier.layers[-1])
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
     return model
