@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import GenerationMixin
 
 from xlora_core.errors import ModelError
@@ -24,8 +25,15 @@ class XLoraGeneration(GenerationMixin):
         """Returns whether the base model can."""
         return bool(self.base_model.can_generate())
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Returns the base model's inputs for the next step."""
+    def prepare_inputs_for_generation(
+        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Returns the base model's inputs for the next step.
+
+        ``generate`` takes ``inputs_embeds`` only from models that name them here.
+        """
+        if inputs_embeds is not None:
+            kwargs["inputs_embeds"] = inputs_embeds
         return dict(self.base_model.prepare_inputs_for_generation(*args, **kwargs))
 
     def _supports_logits_to_keep(self) -> bool:
@@ -46,5 +54,8 @@ class XLoraGeneration(GenerationMixin):
                 f"cache_implementation={implementation!r} cannot serve the two passes of X-LoRA",
                 hint="leave cache_implementation out",
             )
-        if given is None and generation_config.use_cache is not False:
+        if given is not None:
+            # Marks it as one that outlives this call, so that it holds no token too many.
+            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = DualCache(self.base_model.config)
