@@ -59,8 +59,9 @@ class ScalingsLog:
         The entries of one generation are views of its last one, so the list costs as much
         memory as the longest text, not the sum over all steps.
         """
+        entries = list(self.entries)  # other threads may add more meanwhile
         of_entry: dict[int, Tensor] = {}
-        for last in reversed(self.entries):
+        for last in reversed(entries):
             if id(last) in of_entry:
                 continue
             whole = last.tensor()
@@ -69,7 +70,7 @@ class ScalingsLog:
                 of_entry[id(entry)] = whole
                 whole = whole[:, : whole.shape[1] - entry.rows.shape[1]]
                 entry = entry.before
-        return [of_entry[id(entry)] for entry in self.entries]
+        return [of_entry[id(entry)] for entry in entries]
 
     def bucketed(self) -> dict[int, tuple[list[int], list[Tensor]]]:
         """Returns sequence length -> (positions in the log, tensors).
