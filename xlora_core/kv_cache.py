@@ -56,6 +56,11 @@ class DualCache(Cache):
         self.scaling.reset()
         self.logged = None
 
+    def activate_past_recording(self) -> None:
+        """Makes layers with a window keep what a later ``crop`` would need."""
+        self.main.activate_past_recording()
+        self.scaling.activate_past_recording()
+
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Moves the rows to the beams ``beam_idx`` ``[B]``."""
         self.main.reorder_cache(beam_idx)
