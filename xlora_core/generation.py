@@ -37,7 +37,7 @@ class XLoraGeneration(GenerationMixin):
         return dict(self.base_model.prepare_inputs_for_generation(*args, **kwargs))
 
     def _supports_logits_to_keep(self) -> bool:
-        return bool(self.base_model._supports_logits_to_keep())
+        return bool(self.base_model._supports_logits_to_keep())  # noqa: SLF001  # as generate asks
 
     def _prepare_cache_for_generation(  # type: ignore[override]  # generate ignores the result
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
@@ -56,6 +56,8 @@ class XLoraGeneration(GenerationMixin):
             )
         if given is not None:
             # Marks it as one that outlives this call, so that it holds no token too many.
-            super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+            super()._prepare_cache_for_generation(  # type: ignore[misc]  # typed for its own models
+                generation_config, model_kwargs, *args
+            )
         elif generation_config.use_cache is not False:
             model_kwargs["past_key_values"] = DualCache(self.base_model.config)
