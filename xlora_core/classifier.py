@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -57,6 +59,17 @@ class XLoraClassifier(nn.Module):
         layers.append(nn.Linear(width, n_outputs, dtype=dtype, device=device))
         self.layers = nn.Sequential(*layers)
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XLoraClassifier:
+        """Moves and casts as asked, but never below float32: ``model.to(bfloat16)`` asks it."""
+
+        def keeping_precision(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            wide = torch.promote_types(moved.dtype, torch.float32)
+            return moved if moved.dtype == wide else tensor.to(moved.device, wide)
+
+        super()._apply(keeping_precision, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        return self
+
     @property
     def dtype(self) -> torch.dtype:
         """dtype of weights and logits."""
@@ -73,5 +86,7 @@ class XLoraClassifier(nn.Module):
             Output index = module * K + adapter.
         """
         weights = next(self.parameters())
-        logits: Tensor = self.layers(hidden.to(device=weights.device, dtype=weights.dtype))
+        # Autocast would run it in half precision.
+        with torch.autocast(weights.device.type, enabled=False):
+            logits: Tensor = self.layers(hidden.to(device=weights.device, dtype=weights.dtype))
         return logits.reshape(*hidden.shape[:-1], self.n_routed_layers, self.n_adapters)
