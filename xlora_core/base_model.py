@@ -1,0 +1,161 @@
+"""Reading a base model and its tokenizer from a folder on this machine: safetensors, offline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+
+from xlora_core.errors import CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def load_base_folder(
+    folder: str | Path,
+    *,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Returns the causal language model of a folder, ready to generate, and its tokenizer.
+
+    Nothing is downloaded and no code of the folder is run.
+
+    Args:
+        folder: Folder with ``config.json``, ``*.safetensors`` and a tokenizer; or a hub name such
+            as ``org/model`` that is in the local Hugging Face cache.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None is float32 on a CPU, and the
+            checkpoint's own type elsewhere.
+        device: Where the weights go; None is ``cuda`` if there is one, else ``cpu``.
+
+    Raises:
+        CheckpointError: If the folder is missing, is not a base model, has only pickled weights,
+            or does not hold all of the model's weights.
+        ConfigError: If dtype or device is unknown.
+    """
+    place = _device(device)
+    weights_dtype = _dtype(dtype, place)
+    folder = _local_folder(folder)
+    _check_folder(folder)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        # Any: transformers' annotation does not know the pair that output_loading_info returns.
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=weights_dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{folder} cannot be loaded as a base model: {error}",
+            hint="the folder must hold a complete Hugging Face causal language model, as "
+            "save_pretrained writes it",
+        ) from error
+    model, loading = loaded
+    _check_complete(folder, loading)
+    if tokenizer.pad_token is None:  # GPT-2 and others have none; padding is masked anyway
+        tokenizer.pad_token = tokenizer.eos_token
+    return model.eval().to(place), tokenizer
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device must be one such as cpu or cuda:0, got {device!r}") from error
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device!s} does not exist: PyTorch sees {torch.cuda.device_count()} CUDA "
+            "devices",
+            hint="use device='cpu', or install a CUDA build of PyTorch",
+        )
+    return place
+
+
+def _dtype(dtype: str | torch.dtype | None, place: torch.device) -> str | torch.dtype:
+    if dtype is None:
+        return torch.float32 if place.type == "cpu" else "auto"
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    return DTYPES[dtype]
+
+
+def _local_folder(name: str | Path) -> Path:
+    """Returns an existing folder: the given one, or the cached snapshot of a hub name."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise CheckpointError(
+            f"{folder} is a file, not the folder of a base model",
+            hint="give the folder that holds config.json and the *.safetensors files",
+        )
+    if not _HUB_NAME.fullmatch(str(name)):
+        raise CheckpointError(
+            f"there is no base model folder {folder}",
+            hint="give the path of a Hugging Face model folder, or 'demo'",
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), local_files_only=True))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"there is no base model folder {name}, and no model of that name in the Hugging Face "
+            "cache of this machine",
+            hint=f"nothing is downloaded on its own; fetch it first: hf download {name}",
+        ) from error
+
+
+def _check_folder(folder: Path) -> None:
+    """Raises CheckpointError unless the folder looks like a base model with safetensors."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            fault, hint = "is a LoRA adapter, not a base model", "give it under adapters instead"
+        elif (folder / "xlora.json").is_file():
+            fault, hint = "is an X-LoRA checkpoint, not a base model", "give it as checkpoint"
+        else:
+            fault = "is not a base model: it has no config.json"
+            hint = "give the folder that holds config.json and the *.safetensors files"
+        raise CheckpointError(f"{folder} {fault}", hint=hint)
+    if any(folder.glob("*.safetensors")):
+        return
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise CheckpointError(
+            f"{folder} holds its weights only as {', '.join(pickles)}, a pickle that can run code "
+            "when it is opened; it was not opened",
+            hint="load it where you trust it, and write it again with "
+            "model.save_pretrained(folder), which makes safetensors",
+        )
+    raise CheckpointError(
+        f"{folder} holds no weights: there is no *.safetensors file",
+        hint="copy the model's *.safetensors files next to its config.json",
+    )
+
+
+def _check_complete(folder: Path, loading: Mapping[str, Any]) -> None:
+    """Raises CheckpointError if transformers had to make up weights that the files lack."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{folder} lacks {len(missing)} of the model's weights, such as {missing[0]}",
+            hint="the download is not complete, or config.json belongs to another model",
+        )
