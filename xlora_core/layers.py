@@ -25,8 +25,8 @@ class ActiveScalings(threading.local):
     """The effective scalings of the forward call that runs in this thread.
 
     The model owns one; its modules read it. Thread-local, so that several threads may call the
-    model at once. ``value`` is None (adapters off) or ``[B, T, L or 1, K]``, where B and T may
-    be 1 to serve all rows or tokens.
+    model at once. ``value`` is None (adapters off), ``[B, T, L or 1, K]``, or
+    ``[1, 1, L or 1, K]`` for all tokens.
     """
 
     value: Tensor | None = None
@@ -120,6 +120,14 @@ class XLoraLinear(nn.Module):
             persistent=False,
         )
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XLoraLinear:
+        """Moves and casts as asked, but never rounds ``lora_scaling`` below float32."""
+        exact = self.lora_scaling
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
+        wide = torch.promote_types(self.lora_A.dtype, torch.float32)
+        self.lora_scaling = exact.to(self.lora_scaling.device, wide)
+        return self
+
     # Some architectures look at a projection's weight to choose a dtype or a size.
     @property
     def weight(self) -> Tensor:
@@ -167,8 +175,10 @@ class XLoraLinear(nn.Module):
         leading = x.shape[:-1]
         if weights.shape[:-1] == leading:
             return weights
-        if weights.shape[:-1].numel() in (1, leading.numel()):
-            return weights.reshape(*(leading if weights.shape[:-1].numel() > 1 else ()), -1)
+        if weights.shape[:-1].numel() == 1:
+            return weights.flatten()
+        if leading == (weights.shape[:-1].numel(),):
+            return weights.flatten(0, 1)
         raise ModelError(
             f"adapted module number {self.layer_index} got input of shape {list(x.shape)}, "
             f"expected {list(weights.shape[:-1])} tokens as in input_ids",
@@ -226,7 +236,10 @@ class XLoraLinear(nn.Module):
         """
         if weights is None:
             weights = [1 / self.n_adapters] * self.n_adapters
-        weights = torch.as_tensor(weights, dtype=torch.float64)
+        try:
+            weights = torch.as_tensor(weights, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(f"merge weights must be numbers: {error}") from error
         if weights.shape != (self.n_adapters,) or not torch.isfinite(weights).all():
             raise ConfigError(
                 f"merge weights must be one finite number for each of {self.n_adapters} adapters, "
@@ -276,6 +289,19 @@ def linear_features(module: nn.Module) -> tuple[int, int]:
     )
 
 
+def adapted_paths(model: nn.Module, adapters: Sequence[LoraAdapter]) -> list[str]:
+    """Returns the paths of the modules that adapters target, in ``named_modules()`` order.
+
+    Raises:
+        AdapterError: If an adapter targets a module that is missing or of another shape or kind.
+    """
+    modules = dict(model.named_modules())
+    for adapter in adapters:
+        for path, weights in adapter.modules.items():
+            _check_fits(adapter.name, path, weights, modules.get(path), type(model).__name__)
+    return [path for path in modules if any(path in a.modules for a in adapters)]
+
+
 def replace_adapted_modules(
     model: nn.Module,
     adapters: Sequence[LoraAdapter],
@@ -299,15 +325,10 @@ def replace_adapted_modules(
     Raises:
         AdapterError: If an adapter targets a module that is missing or of another shape or kind.
     """
-    modules = dict(model.named_modules())
-    for adapter in adapters:
-        for path, weights in adapter.modules.items():
-            _check_fits(adapter.name, path, weights, modules.get(path), type(model).__name__)
-    targeted = [path for path in modules if any(path in a.modules for a in adapters)]
     dropouts = {index: adapter.dropout for index, adapter in enumerate(adapters)}
     replaced: dict[str, XLoraLinear] = {}
-    for layer_index, path in enumerate(targeted):
-        base_layer = modules[path]
+    for layer_index, path in enumerate(adapted_paths(model, adapters)):
+        base_layer = model.get_submodule(path)
         dtype = base_layer.weight.dtype
         assert isinstance(dtype, torch.dtype)  # narrows nn.Module's loose attribute type
         layer = XLoraLinear(
@@ -350,6 +371,12 @@ def _check_fits(
         out_features, in_features = linear_features(module)
     except AdapterError as error:
         raise AdapterError(f"{where}: {error.message}", hint=error.hint) from None
+    dtype = module.weight.dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise AdapterError(
+            f"{where}: the module's weight is {dtype}, expected floating point",
+            hint="load the base model without quantisation",
+        )
     found = (weights.lora_A.shape[1], weights.lora_B.shape[0])
     if found != (in_features, out_features):
         rank = weights.rank
@@ -370,10 +397,13 @@ def carry_scalings_into_checkpoints(model: nn.Module, active: ActiveScalings) ->
         model: A Hugging Face model with gradient checkpointing on; changed in place.
         active: The scalings its modules read.
     """
+    slot = "_gradient_checkpointing_func"  # transformers' own, on all modules that can checkpoint
     for module in model.modules():
-        checkpoint = getattr(module, "_gradient_checkpointing_func", None)
-        if checkpoint is not None and not isinstance(checkpoint, _ScalingsCheckpoint):
-            module._gradient_checkpointing_func = _ScalingsCheckpoint(checkpoint, active)  # type: ignore[assignment]  # transformers' own slot for this function
+        checkpoint = getattr(module, slot, None)
+        if isinstance(checkpoint, _ScalingsCheckpoint):  # perhaps of a model merged since
+            checkpoint = checkpoint.checkpoint
+        if checkpoint is not None:
+            setattr(module, slot, _ScalingsCheckpoint(checkpoint, active))
 
 
 class _ScalingsCheckpoint:
@@ -385,8 +415,10 @@ class _ScalingsCheckpoint:
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> Any:
         scalings = self.active.value
-        if scalings is None or not torch.is_grad_enabled():
+        if not torch.is_grad_enabled():
             return function(*args)
+        if scalings is None:
+            return self.checkpoint(function, *args)
 
         def with_scalings(scalings: Tensor, *args: Any) -> Any:
             with self.active.hold(scalings):
