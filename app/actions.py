@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from app import presets, session
@@ -191,7 +189,7 @@ def open_run(key: str) -> None:
     if upload is None:
         return
     try:
-        run = read_run(upload.getvalue())
+        run = Run.from_bytes(upload.getvalue(), upload.name)
     except XLoraError as failure:
         session.set_error(failure)
     else:
@@ -200,26 +198,6 @@ def open_run(key: str) -> None:
         if knobs:
             knobs_to_widgets(knobs, len(run.header.adapter_names))
     session.forget_file()
-
-
-def read_run(data: bytes) -> Run:
-    """Returns the run of a run file's bytes.
-
-    Raises:
-        RunFileError: If the file is truncated, doctored, or of a newer version.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.safetensors"
-        path.write_bytes(data)
-        return Run.load(path)
-
-
-def run_bytes(run: Run) -> bytes:
-    """Returns the run as a run file."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "run.safetensors"
-        run.save(path)
-        return path.read_bytes()
 
 
 def choose_shown(titles: list[str]) -> None:

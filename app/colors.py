@@ -40,19 +40,36 @@ _ADAPTERS: dict[Theme, tuple[str, ...]] = {
 }
 N_ADAPTER_COLORS = len(_ADAPTERS["light"])
 
-# Stops of cividis (Nunez, Anderton, Renslow 2018), made for colour-blind readers; dark to bright.
-_CIVIDIS = (
-    "#00224e",
-    "#123570",
-    "#3b496c",
-    "#575d6d",
-    "#707173",
-    "#8a8678",
-    "#a59c74",
-    "#c3b369",
-    "#e1cc55",
-    "#fee838",
-)
+# Cividis (Nunez, Anderton, Renslow 2018), made for colour-blind readers. On a dark page it runs as
+# published, dark to bright. On a light page it runs the other way and starts at the paper, so that
+# an adapter that hardly acts recedes in both themes.
+_SEQUENTIAL: dict[Theme, tuple[str, ...]] = {
+    "light": (
+        "#fffbe3",
+        "#f1df86",
+        "#d6c36b",
+        "#b9a96c",
+        "#9c9170",
+        "#827d73",
+        "#696b72",
+        "#4d5670",
+        "#2f3f6c",
+        "#0c2a5e",
+        "#00204c",
+    ),
+    "dark": (
+        "#00224e",
+        "#123570",
+        "#3b496c",
+        "#575d6d",
+        "#707173",
+        "#8a8678",
+        "#a59c74",
+        "#c3b369",
+        "#e1cc55",
+        "#fee838",
+    ),
+}
 
 # Low, middle, high of a diverging scale; the middle recedes into the page.
 _DIVERGING: dict[Theme, tuple[str, ...]] = {
@@ -74,7 +91,7 @@ def adapter_colors(n_adapters: int, theme: Theme) -> list[str]:
 
 def sequential_stops(theme: Theme) -> list[str]:
     """Returns the stops for values from 0 up: the larger, the further from the page."""
-    return list(_CIVIDIS) if theme == "dark" else list(reversed(_CIVIDIS))
+    return list(_SEQUENTIAL[theme])
 
 
 def diverging_stops(theme: Theme) -> list[str]:

@@ -85,6 +85,11 @@ def settings_from(environ: Mapping[str, str]) -> dict[str, Any]:
                 f"XLORA_APP_ADAPTERS: {part!r} is not of the form name=folder",
                 hint="for example XLORA_APP_ADAPTERS=math=experts/math,code=experts/code",
             )
+        if name.strip() in adapters:
+            raise ConfigError(
+                f"XLORA_APP_ADAPTERS: two adapters are named {name.strip()!r}",
+                hint="give each adapter its own name",
+            )
         adapters[name.strip()] = folder.strip()
     if adapters:
         settings["adapters"] = adapters

@@ -35,7 +35,7 @@ def render() -> None:
         messages.rerouted(client, run)
     st.fragment(_run_view, run_every=POLL_SECONDS if show.live else None)(show, knobs)
     if run:
-        downloads.draw(run)
+        downloads.draw(run, knobs)
 
 
 def _run_view(show: session.Show, knobs: RoutingKnobs | None) -> None:

@@ -6,47 +6,54 @@ from functools import partial
 
 import streamlit as st
 
-from app import actions, session
-from xlora_core import Run
+from app import session
+from xlora_core import RoutingKnobs, Run
 
 BUCKETS = {
     "position": "by token position",
     "segment": "prompt / response",
     "seq_len": "by sequence length",
+    "token": "every token",
 }
 
 
-def draw(run: Run) -> None:
-    """Offers the bucketed scalings and the run file."""
+def draw(run: Run, knobs: RoutingKnobs | None) -> None:
+    """Offers the scalings as CSV, and the run file.
+
+    Args:
+        run: A finished run.
+        knobs: Those that the run is re-routed with on the screen; the CSV then has them, too.
+    """
     session.defaults({session.BUCKET_BY: "position", session.BUCKET_WIDTH: 16})
     session.keep([session.BUCKET_WIDTH])
     name = f"xlora-{run.header.run_id[:8]}"
     st.subheader("Download", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom"):
         st.selectbox(
-            "CSV buckets",
+            "Rows of the CSV",
             list(BUCKETS),
             format_func=BUCKETS.__getitem__,
             key=session.BUCKET_BY,
-            width=190,
+            width=200,
         )
         by = session.get(session.BUCKET_BY)
-        width = session.get(session.BUCKET_WIDTH)
+        width = int(session.get(session.BUCKET_WIDTH))
         if by == "position":
-            st.number_input("Tokens per bucket", 1, 4096, key=session.BUCKET_WIDTH, width=150)
+            st.number_input("Tokens per row", 1, 4096, key=session.BUCKET_WIDTH, width=150)
         st.download_button(
-            "Scalings (CSV)",
+            "Scalings (CSV)" if knobs is None else "Re-routed scalings (CSV)",
             # Made at the click, from a run that no longer changes.
-            data=partial(run.to_csv_text, by=by, width=int(width)),
-            file_name=f"{name}-{by}.csv",
+            data=partial(run.to_csv_text, by=by, width=width, knobs=knobs),
+            file_name=f"{name}-{by}{'' if knobs is None else '-rerouted'}.csv",
             mime="text/csv",
             icon=":material/table_view:",
             on_click="ignore",
-            help="One row per bucket, module and adapter: mean, spread and range of the scalings.",
+            help="One row per bucket of tokens, module and adapter: mean, spread and range of the "
+            "scalings, mean of the effective scalings, share of tokens where the adapter leads.",
         )
         st.download_button(
             "Run file",
-            data=partial(actions.run_bytes, run),
+            data=run.to_bytes,
             file_name=f"{name}.safetensors",
             mime="application/octet-stream",
             icon=":material/save:",

@@ -63,8 +63,8 @@ def rerouted(client: EngineClient, run: Run) -> None:
     n_adapters = len(run.header.adapter_names)
     same_model = tuple(run.header.adapter_names) == client.card.adapter_names
     text = REROUTED + (PARTLY if run.header.scaling_pass_value else "")
-    st.warning(text, icon=":material/alt_route:")
-    with st.container(horizontal=True):
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.warning(text, icon=":material/alt_route:")
         st.button(
             "Regenerate with these settings",
             icon=":material/replay:",

@@ -17,6 +17,7 @@ def draw(client: EngineClient) -> None:
         [preset.title for preset in choices],
         key=session.PRESET,
         on_change=actions.choose_preset,
+        label_visibility="collapsed",
     )
     show = session.current()
     live = bool(show and show.live)
@@ -25,6 +26,7 @@ def draw(client: EngineClient) -> None:
             "Prompt",
             key=session.PROMPT,
             height=92,
+            label_visibility="collapsed",
             placeholder="Ask something, or take an example above.",
         )
         with st.container(horizontal=True, vertical_alignment="center"):

@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-from xlora_core.recording import RunHeader, RunRecorder, TrackRecorder
 
 from app.engine_client import EngineClient, ModelCard
 from xlora_core import Arm, RoutingKnobs, Run, SamplingParams, XLoraConfig
 from xlora_core.errors import ConfigError, PromptError, QueueFullError, XLoraError
+from xlora_core.recording import RunHeader, RunRecorder, TrackRecorder
 
 ADAPTERS = ("math", "chemistry", "python", "verse")
 KINDS = (

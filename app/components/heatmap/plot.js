@@ -281,15 +281,16 @@ class Plot {
     c.textAlign = "right";
     c.textBaseline = "middle";
     c.fillStyle = rgba(theme.text, 0.9);
-    c.fillText(narrow ? "share" : "share of mass", right, SHARE.y + SHARE.h / 2);
-    c.fillText(narrow ? "eff. no." : "effective", right, NUMBER.y + NUMBER.h / 2 - (narrow ? 0 : 6));
-    if (!narrow) c.fillText("number", right, NUMBER.y + NUMBER.h / 2 + 7);
+    const [share, number] = [SHARE, NUMBER].map(({ y, h }) => y + h / 2);
+    c.fillText(narrow ? "share" : "share of mass", right - 18, share);
+    c.fillText(narrow ? "eff. no." : "effective", right - 18, number - (narrow ? 0 : 6));
+    if (!narrow) c.fillText("number", right - 18, number + 7);
     c.fillStyle = rgba(theme.text, 0.6);
     c.font = `10px ${theme.font}`;
-    c.fillText("1", right, SHARE.y + 4);
+    c.fillText("1", right, SHARE.y + 5);
     c.fillText("0", right, SHARE.y + SHARE.h - 4);
-    c.fillText(String(Math.max(2, routing.nAdapters)), right, NUMBER.y + 2);
-    c.fillText("1", right, NUMBER.y + NUMBER.h - 2);
+    c.fillText(String(Math.max(2, routing.nAdapters)), right, NUMBER.y + 4);
+    c.fillText("1", right, NUMBER.y + NUMBER.h - 4);
     c.font = `11px ${theme.font}`;
     c.fillStyle = rgba(theme.text, 0.8);
     for (const group of labelledGroups(layout.groups, 15)) {

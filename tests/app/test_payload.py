@@ -1,0 +1,175 @@
+"""The bytes for the component: a round trip through Python, and through the JavaScript reader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+
+from app import frames
+from app.components import heatmap
+from app.components.heatmap import payload
+from tests.app import runs
+from tests.app.fake_engine import Fake, fake_client
+from xlora_core import Arm, RoutingKnobs, SamplingParams
+
+needs_node = pytest.mark.skipif(
+    shutil.which("node") is None,
+    reason="node is missing: it runs the component's reader outside of a browser "
+    "(on Debian: apt-get install nodejs)",
+)
+
+READ = """
+import { readFileSync } from "node:fs";
+const { header, planes } = readMessage(new Uint8Array(readFileSync(process.argv[2])));
+const routing = new Routing({ header, planes });
+const out = [];
+for (let t = 0; t < routing.nTokens; t++)
+  for (let l = 0; l < routing.nRows; l++)
+    for (let k = 0; k < routing.nAdapters; k++)
+      out.push([routing.scaling(t, l, k), routing.effective(t, l, k), routing.isKept(t, l, k)]);
+console.log(JSON.stringify({ values: out, run: header.run_id, last: routing.knobs(1e9) }));
+"""
+
+
+def read_in_node(message: bytes, folder) -> dict:
+    (folder / "message.bin").write_bytes(message)
+    module = folder / "read.mjs"
+    module.write_text(heatmap.script() + READ)
+    command = ["node", str(module), str(folder / "message.bin")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
+    return json.loads(done.stdout)
+
+
+def test_pack_and_unpack_are_inverse():
+    arrays = {
+        "a": np.arange(5, dtype=np.uint8),
+        "b": np.linspace(0, 1, 6, dtype=np.float32).reshape(2, 3),
+    }
+    header, back = payload.unpack(payload.pack({"text": "é"}, arrays))
+    assert header["text"] == "é"
+    for name, array in arrays.items():
+        assert back[name].dtype == array.dtype
+        assert (back[name] == array).all()
+
+
+def test_keys_of_the_header_are_pinned():
+    header, arrays = payload.unpack(payload.message(runs.run(other=[" x"]), version=3, live=False))
+    assert sorted(header) == [
+        "adapters",
+        "arms",
+        "arrays",
+        "effective",
+        "effective_range",
+        "expected_tokens",
+        "knob_changes",
+        "knobs",
+        "layerwise",
+        "live",
+        "modules",
+        "palette",
+        "range",
+        "rerouted",
+        "routed_arm",
+        "run_id",
+        "softmax",
+        "version",
+    ]
+    assert sorted(arrays) == [
+        "number",
+        "number_effective",
+        "present",
+        "scalings",
+        "share",
+        "share_effective",
+        "weight",
+    ]
+
+
+def test_text_is_sent_once_and_unchanged():
+    run = runs.run(answer=[" <script>", "é\n", ""], other=[" x"])
+    header, _ = payload.unpack(payload.message(run, version=1, live=False))
+    routed, merged = header["arms"]
+    assert routed["pieces"] == ["a", " b", " <script>", "é\n", ""]
+    assert merged["pieces"] == [" x"]
+    assert merged["first"] == merged["n_prompt"] == 2
+    assert merged["first_difference"] == 0
+    assert routed["probability"] == [0.607, 0.607, 0.607]
+
+
+def test_values_survive_within_half_a_code():
+    run = runs.run()
+    _, arrays = payload.unpack(payload.message(run, version=1, live=False))
+    exact = frames.routing(run, 0).scalings
+    assert np.abs(arrays["scalings"] / 255 - exact).max() <= 0.5 / 255 + 1e-6
+
+
+def test_a_run_without_routing_is_text_only():
+    recorder = runs.RunRecorder(runs.header(), [runs.track(Arm.base(), [" x"])])
+    header, arrays = payload.unpack(payload.message(recorder.snapshot(), version=1, live=False))
+    assert header["routed_arm"] is None
+    assert arrays == {}
+    assert header["arms"][0]["pieces"] == ["a", " b", " x"]
+
+
+def test_rerouted_says_so():
+    knobs = RoutingKnobs(top_k=1, temperature=0.5, global_weight=1.5)
+    header, arrays = payload.unpack(payload.message(runs.run(), version=1, live=False, knobs=knobs))
+    assert header["rerouted"]
+    assert header["knobs"] == [[0, "top-k 1 · temperature 0.5 · weight 1.5"]]
+    assert header["knob_changes"] == []
+    assert header["effective_range"] == [0.0, 2.0]
+    assert "kept" in arrays
+
+
+def test_a_typical_frame_stays_small():
+    client = fake_client(Fake(delay=0.0))
+    handle = client.submit(
+        [{"role": "user", "content": "Why does salt dissolve?"}],
+        [Arm.routed(RoutingKnobs(top_k=2)), Arm.merged()],
+        SamplingParams(max_new_tokens=128),
+    )
+    run = handle.wait(30)
+    assert len(payload.message(run, version=1, live=False)) < 256 * 1024
+
+
+@needs_node
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"knobs": {0: RoutingKnobs(top_k=2), 3: RoutingKnobs(top_k=1, global_weight=1.5)}},
+        {"enable_softmax": False, "knobs": {0: RoutingKnobs(top_k=2)}},
+        {"enable_softmax": False, "enable_softmax_topk": True, "knobs": {0: RoutingKnobs(top_k=2)}},
+        {"layerwise": False},
+        {"present": [[True, True, False]] * 4},
+    ],
+    ids=["plain", "knobs", "no-softmax", "softmax-topk", "shared", "absent"],
+)
+def test_the_browser_reads_what_the_core_computes(options, tmp_path):
+    run = runs.run(**options)
+    message = payload.message(run, version=1, live=False)
+    seen = read_in_node(message, tmp_path)
+    exact = frames.routing(run, 0)
+    header, _ = payload.unpack(message)
+    ranges = (*header["range"], *header["effective_range"])
+    # A code, and the weight that the browser multiplies it by.
+    step = (max(ranges) - min(ranges)) / 255 * max(1.0, float(exact.global_weight.max()))
+    values = np.array([row[:2] for row in seen["values"]])
+    assert np.abs(values[:, 0] - exact.scalings.ravel()).max() <= step
+    assert np.abs(values[:, 1] - exact.effective.ravel()).max() <= step
+    kept = np.array([row[2] for row in seen["values"]])
+    assert (kept == (~exact.cut & exact.present).ravel()).all()
+
+
+@needs_node
+def test_the_script_is_one_valid_module(tmp_path):
+    module = tmp_path / "module.mjs"
+    module.write_text(heatmap.script())
+    done = subprocess.run(
+        ["node", "--check", str(module)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
