@@ -1,0 +1,69 @@
+"""Which model made a run: names, hashes and versions for the run's header."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from xlora_core.model import XLoraModel
+
+# Values looked at per tensor of the base model: reading all of a large model would take longer
+# than answering a prompt.
+_N_SAMPLES = 64
+
+
+def base_fingerprint(model: XLoraModel) -> str:
+    """Returns 16 hex digits that differ between base models of different weights.
+
+    A sample of every tensor goes in, together with names, shapes and dtypes; it tells models
+    apart, it is no protection against forgery.
+    """
+    of_experts = {id(p) for layer in model.lora_layers for p in (layer.lora_A, layer.lora_B)}
+    return _digest(
+        (name, tensor)
+        for name, tensor in model.base_model.named_parameters()
+        if id(tensor) not in of_experts
+    )
+
+
+def adapter_fingerprints(model: XLoraModel) -> dict[str, str]:
+    """Returns adapter name -> 16 hex digits over a sample of its weights."""
+    experts = [
+        (path, layer.experts())
+        for path, layer in zip(model.lora_layer_names, model.lora_layers, strict=True)
+    ]
+    return {
+        name: _digest(
+            (f"{path}.{side}", getattr(weights[k], side))
+            for path, weights in experts
+            if k in weights
+            for side in ("lora_A", "lora_B")
+        )
+        for k, name in enumerate(model.adapter_names)
+    }
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what computed a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors:
+        digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}\n".encode())
+        flat = tensor.detach().reshape(-1)
+        stride = max(1, flat.shape[0] // _N_SAMPLES)
+        digest.update(flat[::stride].to("cpu", torch.float64).numpy().tobytes())
+    return digest.hexdigest()[:16]
