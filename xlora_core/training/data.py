@@ -67,6 +67,15 @@ class Batch:
     labels: Tensor
     domains: list[list[str]]
 
+    def to(self, device: torch.device | str) -> Batch:
+        """Returns the batch on a device."""
+        return Batch(
+            input_ids=self.input_ids.to(device),
+            attention_mask=self.attention_mask.to(device),
+            labels=self.labels.to(device),
+            domains=self.domains,
+        )
+
 
 def read_rows(path: str | Path) -> list[Row]:
     """Reads one JSON-lines file, plain or ``.gz``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -89,14 +90,17 @@ def _batch_sums(model: XLoraModel, batch: Batch) -> dict[str, float]:
     """Sums over a batch's answer tokens of what ``DomainResult`` averages."""
     names = model.adapter_names
     n_adapters = len(names)
+    device = model.device
+    batch = batch.to(device)
     columns = answer_columns(batch)
-    one_hot = torch.eye(n_adapters)
+    one_hot = torch.eye(n_adapters, device=device)
     # The scalings of a token write the next one, so a token's right expert is the next one's.
     right = torch.tensor(
         [
             [names.index(d) if d in names else -1 for d in [*domains[1:], ""]]
             for domains in batch.domains
-        ]
+        ],
+        device=device,
     )
     routed = model.route(
         model.scaling_pass(
@@ -104,17 +108,17 @@ def _batch_sums(model: XLoraModel, batch: Batch) -> dict[str, float]:
         ).router_logits
     )
     ahead = _filled_from_ahead(right)
-    oracle = torch.zeros(*right.shape, 1, n_adapters)
+    oracle = torch.zeros(*right.shape, 1, n_adapters, device=device)
     oracle[ahead >= 0] = one_hot[ahead[ahead >= 0]].unsqueeze(1)
     arms: dict[str, Tensor | None] = {
         "base": None,
-        "uniform": torch.full((n_adapters,), 1 / n_adapters),
+        "uniform": torch.full((n_adapters,), 1 / n_adapters, device=device),
         **{f"expert:{name}": one_hot[k] for k, name in enumerate(names)},
         "right": oracle,
         "routed": routed,
     }
     sums: dict[str, float] = {}
-    where = torch.empty(0, 2, dtype=torch.int64)
+    where = torch.empty(0, 2, dtype=torch.int64, device=device)
     for arm, scalings in arms.items():
         logits = model.main_pass(
             input_ids=batch.input_ids,
@@ -131,7 +135,7 @@ def _batch_sums(model: XLoraModel, batch: Batch) -> dict[str, float]:
     mass = at_answers.mean(dim=1)  # [N, K]
     shares = at_answers / at_answers.sum(dim=-1, keepdim=True).clamp_min(1e-9)
     entropy = -(shares * shares.clamp_min(1e-9).log()).sum(dim=-1).mean(dim=-1)
-    scale = torch.log(torch.tensor(float(n_adapters))) if n_adapters > 1 else torch.tensor(1.0)
+    scale = math.log(n_adapters) if n_adapters > 1 else 1.0
     sums |= {
         "tokens": float(len(targets)),
         "known": float(known.sum()),

@@ -24,6 +24,7 @@ def backbone_losses(causal_lm: Any, batch: Batch) -> Tensor:
     Returns:
         float32 ``[N]``, nats, one for each answer token that has a token before it.
     """
+    batch = batch.to(causal_lm.device)
     kept = batch.labels[:, 1:] != IGNORE
     hidden = causal_lm.get_decoder()(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask

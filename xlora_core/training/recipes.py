@@ -12,9 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from xlora_core.errors import CheckpointError, ConfigError
+from xlora_core.demo import load_base
+from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.training.data import (
     Example,
@@ -46,33 +45,6 @@ EVALUATION_LENGTH = 288
 
 # Rows that cite tables whose licence was not found are left out of the committed sample.
 _UNLICENSED = re.compile(r"melts at|boils at|log P is|IUPAC name \)")
-
-
-def load_base(base: str, dtype: str = "float32") -> tuple[Any, Any]:
-    """Loads a base model and its tokenizer.
-
-    Args:
-        base: A folder or hub name for transformers, or ``"demo"``.
-        dtype: The weights' dtype.
-
-    Raises:
-        CheckpointError: If transformers cannot load it.
-    """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    if base == DEMO:
-        from xlora_core.demo import demo_base_folder
-
-        base = str(demo_base_folder())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the base model {base} cannot be loaded: {error}",
-            hint="give a folder that transformers can load, or 'demo'",
-        ) from error
-    return model.eval(), tokenizer
 
 
 def pad_id(tokenizer: Any) -> int:
@@ -152,7 +124,7 @@ def run_router(
     )
     trained = xlora.classifier.state_dict()
     del xlora, model
-    full = fresh_model(load_base(base)[0], adapters, settings)
+    full = fresh_model(load_base(base, "float32")[0], adapters, settings)
     full.classifier.load_state_dict(trained)
     full.save_pretrained(out)
 
@@ -190,7 +162,7 @@ def run_evaluation(
     Raises:
         ConfigError: If the card has no place for the table.
     """
-    model, tokenizer = load_base(base)
+    model, tokenizer = load_base(base, "float32")
     xlora = XLoraModel.from_pretrained(model, checkpoint)
     groups = evaluation_groups(data, xlora.adapter_names, tokenizer, rows=rows)
     results = evaluate(xlora, groups, pad_id(tokenizer), report=report)

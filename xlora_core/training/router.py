@@ -66,6 +66,7 @@ def router_examples(
 
 def answer_losses(model: XLoraModel, batch: Batch) -> tuple[Tensor, list[str]]:
     """Returns the routed loss of each answer token, float32 ``[N]`` in nats, and its domain."""
+    batch = batch.to(model.device)
     columns = answer_columns(batch)
     logits = model(
         input_ids=batch.input_ids,
