@@ -1,0 +1,129 @@
+"""Tables as CSV and Parquet files, with cells that a spreadsheet would run made harmless."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
+
+from xlora_core.config import RoutingKnobs
+from xlora_core.errors import ConfigError, RecordError
+from xlora_core.recording.atomic_file import atomic_file
+from xlora_core.recording.buckets import bucketed_table
+from xlora_core.recording.long_table import long_tables
+
+if TYPE_CHECKING:
+    from xlora_core.recording.run import Run
+
+ExportBy = Literal["position", "segment", "seq_len", "token"]
+EXPORT_BY: tuple[str, ...] = get_args(ExportBy)
+
+# The start of what a spreadsheet may run: the four signs or their full-width forms, a tab or a
+# carriage return; also behind blanks and other characters that it does not show.
+_FORMULA = re.compile(
+    r"['\s\x00-\x1f\u200b-\u200f\u2060\ufeff]*(?:[=+\-@\uff1d\uff0b\uff0d\uff20]|(?<=[\t\r]))"
+)
+
+
+def defuse(text: str) -> str:
+    """Returns the text with an apostrophe before it if a spreadsheet would run it as a formula.
+
+    ``undefuse`` gives the text back. To that end a text that begins with an apostrophe and a
+    formula gets another apostrophe.
+
+    Example:
+        >>> defuse("=1+1"), defuse(" -x"), defuse("a=b")
+        ("'=1+1", "' -x", 'a=b')
+    """
+    return f"'{text}" if _FORMULA.match(text) else text
+
+
+def undefuse(text: str) -> str:
+    """Returns the text that ``defuse`` was given."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text[1:]) else text
+
+
+def write_csv(run: Run, path: Path, by: ExportBy, **choice: Any) -> None:
+    """Writes a table of the run as CSV. See ``Run.to_csv``."""
+    tables = _tables(run, by, **choice)
+    with _output(path) as file:
+        _write_csv(file, tables)
+
+
+def csv_text(run: Run, by: ExportBy, **choice: Any) -> str:
+    """Returns a table of the run as CSV. See ``Run.to_csv``."""
+    file = io.BytesIO()
+    _write_csv(file, _tables(run, by, **choice))
+    return file.getvalue().decode("utf-8")
+
+
+def write_parquet(run: Run, path: Path, by: ExportBy, **choice: Any) -> None:
+    """Writes a table of the run as Parquet. See ``Run.to_parquet``."""
+    tables = _tables(run, by, **choice)
+    first = next(tables)
+    with _output(path) as file, pa.parquet.ParquetWriter(file, first.schema) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
+
+
+def _tables(
+    run: Run,
+    by: ExportBy,
+    *,
+    width: int = 16,
+    knobs: RoutingKnobs | None = None,
+    arm: int | None = None,
+) -> Iterator[pa.Table]:
+    """Yields the table in parts of one schema, at least one, texts defused.
+
+    Arguments are checked here, not at the first part.
+    """
+    if by not in EXPORT_BY:
+        raise ConfigError(f"by must be one of {', '.join(EXPORT_BY)}, got {by!r}")
+    if arm is not None:
+        run.track(arm)
+    if knobs is not None:
+        knobs.check(run.header.n_adapters)
+    if by == "token":
+        return map(_arrow, long_tables(run, knobs, arm=arm))
+    return map(_arrow, [bucketed_table(run, by, width=width, knobs=knobs, arm=arm)])
+
+
+def _arrow(frame: pd.DataFrame) -> pa.Table:
+    defused = {
+        str(name): column.cat.rename_categories([defuse(text) for text in column.cat.categories])
+        for name, column in frame.items()
+        if isinstance(column.dtype, pd.CategoricalDtype)
+    }
+    return pa.Table.from_pandas(frame.assign(**defused), preserve_index=False)
+
+
+def _write_csv(file: BinaryIO, tables: Iterator[pa.Table]) -> None:
+    first = next(tables)
+    # By hand: Arrow puts the names in quotes.
+    file.write((",".join(first.schema.names) + "\n").encode("utf-8"))
+    options = pa.csv.WriteOptions(include_header=False)
+    with pa.csv.CSVWriter(file, first.schema, write_options=options) as writer:
+        for table in chain([first], tables):
+            writer.write_table(table)
+
+
+@contextmanager
+def _output(path: Path) -> Iterator[BinaryIO]:
+    try:
+        with atomic_file(path) as file:
+            yield file
+    except OSError as error:
+        raise RecordError(
+            f"cannot write {path}: {error.strerror or error}",
+            hint="choose a folder that exists, may be written and has room",
+        ) from error
