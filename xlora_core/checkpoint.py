@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from xlora_core.adapters import (
     CONFIG_FILE,
+    DTYPES,
     KEY_PREFIX,
     WEIGHTS_FILE,
     LoraAdapter,
@@ -36,8 +38,10 @@ from xlora_core.adapters import (
     read_adapter,
     refuse_pickle,
 )
+from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import AdapterError, CheckpointError, ConfigError
+from xlora_core.layers import adapted_paths
 
 FORMAT = "xlora-explorer"
 VERSION = 1
@@ -85,7 +89,7 @@ def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointError: If the folder holds something else, or cannot be written.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # a link stays a link to the new version
     if folder.exists() and (not folder.is_dir() or not _is_empty_or_ours(folder)):
         raise CheckpointError(
             f"{folder} exists and is not an X-LoRA checkpoint folder",
@@ -99,15 +103,26 @@ def write_checkpoint(folder: str | Path, checkpoint: Checkpoint) -> None:
     try:
         _write_files(staging, checkpoint)
         staging.chmod(0o755)
-        if folder.exists():
-            # Moved aside first, so that no moment exists in which both versions are gone.
-            os.replace(folder, staging.with_suffix(".old"))
-        os.replace(staging, folder)
-    except OSError as error:
+        _swap_in(staging, folder)
+    except (OSError, SafetensorError, UnicodeError) as error:
         raise CheckpointError(f"{folder} cannot be written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-        shutil.rmtree(staging.with_suffix(".old"), ignore_errors=True)
+
+
+def _swap_in(staging: Path, folder: Path) -> None:
+    """Puts a finished folder in the place of another, which is lost only if that succeeds."""
+    aside = staging.with_name(f"{staging.name}.old")
+    replaces = folder.exists()
+    if replaces:
+        os.replace(folder, aside)
+    try:
+        os.replace(staging, folder)
+    except OSError:
+        if replaces:
+            os.replace(aside, folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def read_checkpoint(
@@ -161,6 +176,50 @@ def read_checkpoint(
         layer_names=layer_names,
         base=base,
     )
+
+
+def check_fits(folder: str | Path, checkpoint: Checkpoint, base_model: Any) -> None:
+    """Raises unless a checkpoint fits a base model. Changes neither.
+
+    Args:
+        folder: Where the checkpoint was read, for the message.
+        checkpoint: As ``read_checkpoint`` returned it.
+        base_model: A Hugging Face model without experts.
+
+    Raises:
+        CheckpointError: If it belongs to another base model, or was edited.
+        AdapterError: If an expert does not fit the model.
+    """
+    found = base_identity(base_model.config)
+    if checkpoint.base != found:
+        raise CheckpointError(
+            f"{folder} belongs to another base model: it was trained on "
+            f"{dict(checkpoint.base)}, this one is {found}",
+            hint="load the base model the checkpoint was trained on",
+        )
+    paths = adapted_paths(base_model, checkpoint.adapters)
+    if list(checkpoint.layer_names) != paths:
+        raise CheckpointError(
+            f"{folder}: its adapters fit {len(paths)} modules of this model in another order or "
+            f"number than the {len(checkpoint.layer_names)} it was trained with",
+            hint="use the experts it was trained with",
+        )
+    if checkpoint.config.hidden_size is None:
+        raise CheckpointError(f"{Path(folder) / HEADER_FILE}: config.hidden_size is missing")
+    classifier = XLoraClassifier(
+        checkpoint.config,
+        n_lora_layers=len(paths),
+        n_adapters=len(checkpoint.adapters),
+        device=torch.device("meta"),
+    )
+    expected = {k: list(v.shape) for k, v in classifier.state_dict().items()}
+    present = {k: list(v.shape) for k, v in checkpoint.classifier.items()}
+    if expected != present:
+        raise CheckpointError(
+            f"{folder}: the classifier does not fit its config, expected {expected}, "
+            f"found {present}",
+            hint="the file was edited or damaged; save the checkpoint again",
+        )
 
 
 def write_adapter(folder: Path, adapter: LoraAdapter) -> None:
@@ -224,7 +283,7 @@ def _read_header(folder: Path) -> dict[str, Any]:
         )
     try:
         header = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not an X-LoRA checkpoint header (format {FORMAT!r})")
@@ -261,9 +320,9 @@ def _read_classifier(folder: Path) -> dict[str, Tensor]:
     except AdapterError as error:
         raise CheckpointError(error.message, hint=error.hint) from error
     for key, tensor in tensors.items():
-        if not torch.isfinite(tensor).all():
+        if tensor.dtype not in DTYPES or not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{path}: tensor {key} holds NaN or infinite values",
+                f"{path}: tensor {key} holds NaN, infinite or no floating-point values",
                 hint="the router's training diverged; take an earlier checkpoint",
             )
     return tensors
