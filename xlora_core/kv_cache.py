@@ -12,6 +12,7 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 from transformers.cache_utils import Cache
 
+from xlora_core.errors import ModelError
 from xlora_core.scalings_log import LogEntry
 
 
@@ -49,6 +50,20 @@ class DualCache(Cache):
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the number of cached tokens."""
         return int(self.main.get_seq_length(layer_idx))
+
+    def check_in_step(self) -> None:
+        """Raises unless both passes have read the same tokens.
+
+        Raises:
+            ModelError: If one has not; a call failed between them.
+        """
+        main, scaling = self.main.get_seq_length(), self.scaling.get_seq_length()
+        if main != scaling:
+            raise ModelError(
+                f"the two caches of this DualCache hold {main} and {scaling} tokens, expected as "
+                "many in both; an earlier call with it failed half way",
+                hint="start again with model.new_cache()",
+            )
 
     def reset(self) -> None:
         """Forgets all tokens."""
