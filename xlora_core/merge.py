@@ -38,10 +38,10 @@ def weight_matrix(weights: MergeWeights, adapter_names: Sequence[str], n_layers:
                 f"merge weights name unknown adapters: {', '.join(map(repr, unknown))}",
                 hint=f"the adapters are {', '.join(adapter_names)}",
             )
-        weights = [float(weights.get(name, 0.0)) for name in adapter_names]
+        weights = [weights.get(name, 0.0) for name in adapter_names]
     try:
-        matrix = torch.as_tensor(weights, dtype=torch.float64)
-    except (TypeError, ValueError) as error:
+        matrix = torch.as_tensor(weights, dtype=torch.float64).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"merge weights must be numbers: {error}") from error
     if matrix.shape not in ((n_adapters,), (n_layers, n_adapters)):
         raise ConfigError(

@@ -15,11 +15,17 @@ from transformers.modeling_utils import PreTrainedModel
 
 from xlora_core import merge, routing
 from xlora_core.adapters import LoraAdapter, read_adapter
-from xlora_core.checkpoint import Checkpoint, base_identity, read_checkpoint, write_checkpoint
+from xlora_core.checkpoint import (
+    Checkpoint,
+    base_identity,
+    check_fits,
+    read_checkpoint,
+    write_checkpoint,
+)
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs, XLoraConfig
 from xlora_core.controls import XLoraControls
-from xlora_core.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from xlora_core.errors import AdapterError, ConfigError, ModelError
 from xlora_core.generation import XLoraGeneration
 from xlora_core.kv_cache import DualCache
 from xlora_core.layers import (
@@ -32,8 +38,14 @@ from xlora_core.scalings_log import LogEntry, ScalingsLog
 
 # Arguments of a causal language model's forward that its backbone has no use for.
 _HEAD_ARGUMENTS = frozenset(
-    ("labels", "logits_to_keep", "num_items_in_batch", "return_dict")
-    + ("output_attentions", "output_hidden_states")
+    {
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    }
 )
 
 
@@ -85,14 +97,22 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
                 f"{type(base_model).__name__} is an encoder-decoder, a decoder was expected",
                 hint="load the model with AutoModelForCausalLM",
             )
+        self.adapter_names = [adapter.name for adapter in adapters]
+        if len(set(self.adapter_names)) < len(adapters):
+            raise AdapterError(
+                f"adapter names must differ, got {', '.join(map(repr, self.adapter_names))}"
+            )
         self._config_xlora = _with_hidden_size(config, base_model)
-        base_model.requires_grad_(False)
+        self.default_knobs.check(len(adapters))
+        frozen = list(base_model.parameters())
         self.active_scalings = ActiveScalings()
         self._layers = replace_adapted_modules(
             base_model, adapters, self.active_scalings, trainable=config.use_trainable_adapters
         )
+        for parameter in frozen:
+            parameter.requires_grad_(False)
         self.base_model = base_model
-        self.adapter_names = [adapter.name for adapter in adapters]
+        self._head_is_adapted = isinstance(base_model.get_output_embeddings(), XLoraLinear)
         self.lora_layer_names = list(self._layers)
         self._adapter_configs = [(dict(a.config), a.dtype) for a in adapters]
         self.classifier = XLoraClassifier(
@@ -138,29 +158,8 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
             AdapterError: If an expert cannot be read or does not fit.
         """
         checkpoint = read_checkpoint(folder, adapters)
-        found = base_identity(hf_model.config)
-        if checkpoint.base != found:
-            raise CheckpointError(
-                f"{folder} belongs to another base model: it was trained on "
-                f"{dict(checkpoint.base)}, this one is {found}",
-                hint="load the base model the checkpoint was trained on",
-            )
+        check_fits(folder, checkpoint, hf_model)
         model = cls(hf_model, checkpoint.config, checkpoint.adapters)
-        if list(checkpoint.layer_names) != model.lora_layer_names:
-            raise CheckpointError(
-                f"{folder}: its adapters fit {len(model.lora_layer_names)} modules of this model "
-                f"in another order or number than the {len(checkpoint.layer_names)} it was "
-                "trained with",
-                hint="use the experts it was trained with",
-            )
-        expected = {k: list(v.shape) for k, v in model.classifier.state_dict().items()}
-        present = {k: list(v.shape) for k, v in checkpoint.classifier.items()}
-        if expected != present:
-            raise CheckpointError(
-                f"{folder}: the classifier does not fit its config, expected {expected}, "
-                f"found {present}",
-                hint="the file was edited or damaged; save the checkpoint again",
-            )
         model.classifier.load_state_dict(dict(checkpoint.classifier))
         return model
 
@@ -264,6 +263,7 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         self._check_not_merged()
         inputs = {k: v for k, v in inputs.items() if v is not None and k not in _HEAD_ARGUMENTS}
+        inputs["return_dict"] = True
         backbone = self.base_model.base_model
         with self.active_scalings.hold(self._constant_scalings(knobs)):
             if not with_lm_logits and backbone is not self.base_model:
@@ -301,23 +301,47 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         """Runs the base model with given effective scalings.
 
         Args:
-            scalings: ``[B, T, L or 1, K]``; or ``[K]`` or ``[L, K]`` for all tokens; None runs
-                the base model without adapters.
+            scalings: ``[B, T, L, K]``, where B, T and L may be 1 to serve all; or ``[K]`` or
+                ``[L, K]`` for all tokens; None runs the base model without adapters.
             inputs: Arguments of the base model's forward; ``past_key_values`` is one cache,
                 ``cache.main``.
 
         Returns:
             The base model's output.
+
+        Raises:
+            ModelError: If the scalings' shape does not fit, or after ``merge_and_unload``.
         """
         self._check_not_merged()
-        if scalings is not None and scalings.ndim < 4:
-            n_layers = scalings.shape[0] if scalings.ndim == 2 else 1
-            scalings = scalings.reshape(1, 1, n_layers, -1)
+        inputs = {k: v for k, v in inputs.items() if v is not None} | {"return_dict": True}
+        if scalings is not None:
+            scalings = self._of_tokens(scalings, inputs)
         if self.training and self.base_model.is_activation_checkpointing:
             carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
-        inputs = {k: v for k, v in inputs.items() if v is not None}
+        # An adapted head must see the tokens that the scalings are for; it is cut afterwards.
+        kept = inputs.pop("logits_to_keep", 0) if self._head_is_adapted else 0
         with self.active_scalings.hold(scalings):
-            return self.base_model(**_accepted(self.base_model, inputs))
+            output = self.base_model(**_accepted(self.base_model, inputs))
+        if self._head_is_adapted:
+            kept = kept if isinstance(kept, Tensor) else slice(-kept, None)
+            output.logits = output.logits[:, kept]
+        return output
+
+    def _of_tokens(self, scalings: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Returns scalings as ``[B, T, L or 1, K]``, or ``[1, 1, L or 1, K]`` for all tokens."""
+        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        expected = (*tokens.shape[:2], len(self._layers), len(self.adapter_names))
+        found = tuple(scalings.shape)
+        if len(found) in (1, 2):
+            scalings = scalings.reshape(1, 1, -1, found[-1])
+        fits = scalings.ndim == 4 and all(
+            size in (1, wanted)
+            for size, wanted in zip(scalings.shape[:3], expected[:3], strict=True)
+        )
+        if not fits or found[-1] != expected[-1]:
+            raise ModelError(f"scalings have shape {list(found)}, expected {list(expected)}")
+        of_all_tokens = scalings.shape[:2].numel() == 1
+        return scalings if of_all_tokens else scalings.expand(*expected[:2], -1, -1)
 
     def forward(
         self,
@@ -331,6 +355,7 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         logits_to_keep: int | Tensor | None = None,
         *,
         knobs: RoutingKnobs | None = None,
+        return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
         """Runs both passes.
@@ -345,13 +370,15 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
             use_cache: Return the caches; None follows the base model's config.
             logits_to_keep: As in Hugging Face models.
             knobs: Knobs of this call alone; None takes the model's.
+            return_dict: False returns a tuple.
             kwargs: Further arguments of the base model's forward.
 
         Returns:
             The base model's output; ``past_key_values`` is a ``DualCache``.
 
         Raises:
-            ModelError: For another kind of cache, or after ``merge_and_unload``.
+            ModelError: For another kind of cache, one whose last call failed half way, or after
+                ``merge_and_unload``.
             ConfigError: If ``knobs.top_k`` is larger than the number of adapters.
         """
         if past_key_values is not None and not isinstance(past_key_values, DualCache):
@@ -359,6 +386,8 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
                 f"past_key_values must be a DualCache, got {type(past_key_values).__name__}",
                 hint="make one with model.new_cache()",
             )
+        if past_key_values is not None:
+            past_key_values.check_in_step()
         knobs = self.check_knobs(knobs or self.default_knobs)
         if use_cache is None:
             use_cache = not self.training and bool(self.base_model.config.use_cache)
@@ -385,7 +414,7 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         )
         if past_key_values is not None:
             output.past_key_values = past_key_values
-        return output
+        return output.to_tuple() if return_dict is False else output
 
     # ---------------------------------------------------------------- the log
 
@@ -418,6 +447,9 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         self._check_not_merged()
         matrix = merge.weight_matrix(weights, self.adapter_names, len(self._layers))
         merge.merge_layers(self.base_model, self._layers, matrix)
+        if self._head_is_adapted:
+            # Else loading what was saved would tie the head to the embedding again.
+            self.base_model.config.get_text_config().tie_word_embeddings = False
         self._merged = True
         merged: PreTrainedModel = self.base_model
         return merged
@@ -439,6 +471,10 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
 
 def _with_hidden_size(config: XLoraConfig, base_model: PreTrainedModel) -> XLoraConfig:
     actual = base_model.config.get_text_config().hidden_size
+    # The head reads what the classifier reads; in some OPT models it is narrower.
+    head = base_model.get_output_embeddings()
+    if head is not None:
+        actual = head.weight.shape[-1]
     if config.hidden_size is None:
         return replace(config, hidden_size=actual)
     if config.hidden_size != actual:
