@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -104,6 +104,14 @@ def routing(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> Routing:
     return Routing(scalings, effective, cut, present, weight)
 
 
+def tail(run: Run, arm: int, start: int) -> Run:
+    """Returns a run of one arm only, without the arm's first ``start`` tokens."""
+    track = run.tracks[arm]
+    cut = {name: array[start:] for name, array in track.arrays().items()}
+    left = max(0, track.n_prompt - start)
+    return replace(run, tracks=[replace(track, pieces=track.pieces[start:], n_prompt=left, **cut)])
+
+
 def mass_shares(scalings: FloatArray) -> FloatArray:
     """Returns each adapter's share of the mass at each token, ``[R, L, K]`` -> ``[R, K]``.
 
@@ -130,24 +138,26 @@ def effective_number(scalings: FloatArray) -> FloatArray:
     return ((np.exp(entropy) * alive).sum(axis=1) / count).astype(np.float32)
 
 
-def value_range(values: FloatArray, *, bounded: bool, at_least: float = 1.0) -> tuple[float, float]:
-    """Returns the colour range of a plane: fixed where it can be, and never shrinking with data.
+def value_range(
+    values: FloatArray, *, bounded: bool, within: tuple[float, float] = (0.0, 1.0)
+) -> tuple[float, float]:
+    """Returns the colour range of a plane: fixed where it can be, never shrinking with new data.
 
     Args:
         values: What is drawn.
         bounded: Values are a softmax's, so they start at 0.
-        at_least: The upper end's smallest value.
+        within: The range so far; it is kept or widened.
 
     Returns:
         ``(0, high)`` for values that start at 0, else ``(-high, high)``; ``high`` moves in powers
         of 2 so that a streaming run rarely repaints.
     """
-    high = float(np.abs(values).max(initial=0.0))
-    high = (
-        at_least if high <= at_least else float(at_least * 2 ** np.ceil(np.log2(high / at_least)))
-    )
-    negative = not bounded or bool((values < 0).any())
-    return (-high if negative else 0.0, high)
+    low, high = within
+    largest = float(np.abs(values).max(initial=0.0))
+    if largest > high:
+        high = float(high * 2 ** np.ceil(np.log2(largest / high)))
+    signed = low < 0 or not bounded or bool((values < 0).any())
+    return (-high if signed else 0.0, high)
 
 
 def knob_texts(top_k: int, temperature: float, global_weight: float) -> list[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 import streamlit as st
 
+from app.components.heatmap.planes import Planes
 from xlora_core import Arm, Run, SamplingParams
 from xlora_core.errors import XLoraError
 
@@ -65,6 +66,7 @@ class Show:
         request: What was asked; None for a file.
         handle: The engine's handle, while the run lives.
         run: The finished run; None before.
+        planes: What has been computed of its picture.
     """
 
     title: str
@@ -72,6 +74,7 @@ class Show:
     request: Request | None = None
     handle: RequestHandle | None = None
     run: Run | None = None
+    planes: Planes = field(default_factory=Planes)
 
     @property
     def live(self) -> bool:

@@ -58,6 +58,13 @@ def _frame(run: Run, show: session.Show, version: int, knobs: RoutingKnobs | Non
         expected = None
         if show.live and show.request:
             expected = run.tracks[0].n_prompt + show.request.sampling.max_new_tokens
-        frame = message(run, version=version, live=show.live, expected_tokens=expected, knobs=knobs)
+        frame = message(
+            run,
+            version=version,
+            live=show.live,
+            expected_tokens=expected,
+            knobs=knobs,
+            planes=show.planes if knobs is None else None,
+        )
         session.keep_frame(signature, frame)
     return frame

@@ -78,6 +78,7 @@ def test_the_range_is_fixed_for_a_softmax_and_symmetric_without():
     assert frames.value_range(values, bounded=True) == (0.0, 1.0)
     assert frames.value_range(values * 2, bounded=True) == (0.0, 2.0)
     assert frames.value_range(values * -3, bounded=False) == (-4.0, 4.0)
+    assert frames.value_range(values, bounded=True, within=(-2.0, 2.0)) == (-2.0, 2.0)
 
 
 def test_knob_changes_name_what_changed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from app import frames
 from app.components import heatmap
 from app.components.heatmap import payload
+from app.components.heatmap.planes import Planes
 from tests.app import runs
 from tests.app.fake_engine import Fake, fake_client
 from xlora_core import Arm, RoutingKnobs, SamplingParams
@@ -123,6 +125,61 @@ def test_rerouted_says_so():
     assert header["knob_changes"] == []
     assert header["effective_range"] == [0.0, 2.0]
     assert "kept" in arrays
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"knobs": {0: RoutingKnobs(), 3: RoutingKnobs(top_k=1, global_weight=1.5)}},
+        {"enable_softmax": False},
+        {"enable_softmax": False, "enable_softmax_topk": True, "knobs": {0: RoutingKnobs(top_k=2)}},
+    ],
+    ids=["knobs", "no-softmax", "softmax-topk"],
+)
+def test_planes_that_grow_row_by_row_are_those_of_the_whole(options):
+    run = runs.run(**options)
+    grown = Planes()
+    for n in range(1, run.tracks[0].n_tokens + 1):
+        grown.read(beginning(run, n), 0)
+    whole = Planes()
+    whole.read(run, 0)
+    assert (grown.range, grown.effective_range) == (whole.range, whole.effective_range)
+    assert grown.arrays().keys() == whole.arrays().keys()
+    for name, array in whole.arrays().items():
+        assert grown.arrays()[name].dtype == array.dtype
+        assert grown.arrays()[name] == pytest.approx(array), name
+
+
+def test_rows_that_stand_are_not_computed_again(monkeypatch):
+    run = runs.run()
+    planes = Planes()
+    planes.read(beginning(run, 4), 0)
+    sizes = []
+    routing = frames.routing
+
+    def counted(tail, *rest):
+        sizes.append(tail.tracks[0].n_tokens)
+        return routing(tail, *rest)
+
+    monkeypatch.setattr(frames, "routing", counted)
+    planes.read(run, 0)
+    planes.read(run, 0)
+    assert sizes == [1]
+
+
+def test_planes_of_another_run_start_anew():
+    planes = Planes()
+    planes.read(runs.run(), 0)
+    planes.read(runs.run(answer=[" x"], run_id="1" * 32), 0)
+    assert planes.n_rows == 3
+
+
+def beginning(run, n_tokens):
+    """Returns the run as it was when the routed arm had ``n_tokens``."""
+    track = run.tracks[0]
+    arrays = {name: array[:n_tokens] for name, array in track.arrays().items()}
+    arrays |= {"pieces": track.pieces[:n_tokens], "n_prompt": min(track.n_prompt, n_tokens)}
+    return replace(run, tracks=[replace(track, **arrays, finish_reason=None)])
 
 
 def test_a_typical_frame_stays_small():

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app import colors, frames
+from app.components.heatmap.planes import Planes
 
 if TYPE_CHECKING:
     from xlora_core import RoutingKnobs, Run
@@ -60,12 +61,6 @@ def unpack(message: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
     return header, arrays
 
 
-def quantize(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
-    """Returns ``values`` as codes 0..255 over ``[low, high]``."""
-    codes = np.rint((values - low) * (255.0 / (high - low)))
-    return np.clip(codes, 0, 255).astype(np.uint8)
-
-
 def message(
     run: Run,
     *,
@@ -73,6 +68,7 @@ def message(
     live: bool,
     expected_tokens: int | None = None,
     knobs: RoutingKnobs | None = None,
+    planes: Planes | None = None,
 ) -> bytes:
     """Returns what the component needs to draw ``run``.
 
@@ -82,6 +78,7 @@ def message(
         live: The run still grows.
         expected_tokens: Tokens the time axis will need at most; None for a finished run.
         knobs: Draw the recorded logits under these instead of the recorded knobs.
+        planes: What earlier messages of the same run and knobs have computed.
     """
     arm = frames.routed_arm(run)
     modules = frames.module_table(run.header.layer_names)
@@ -108,7 +105,11 @@ def message(
     }
     if arm is None:
         return pack(header, {})
-    drawn = frames.routing(run, arm, knobs)
+    planes = planes or Planes()
+    planes.read(run, arm, knobs)
+    header["range"] = planes.range
+    header["effective_range"] = planes.effective_range
+    header["effective"] = "derived" if planes.derived else "plane"
     if knobs is None:
         changes = frames.knob_changes(run, arm)
         header["knobs"] = [(t, label) for t, _, label in changes]
@@ -116,36 +117,7 @@ def message(
     else:
         texts = frames.knob_texts(knobs.top_k or 0, knobs.temperature, knobs.global_weight)
         header["knobs"] = [(0, " · ".join(texts))]
-    return pack(header, _planes(drawn, run.header.enable_softmax, header))
-
-
-def _planes(
-    drawn: frames.Routing, bounded: bool, header: dict[str, Any]
-) -> dict[str, NDArray[Any]]:
-    """Returns the planes of the message; notes their ranges in the header."""
-    low, high = frames.value_range(drawn.scalings, bounded=bounded)
-    header["range"] = [low, high]
-    header["effective_range"] = list(frames.value_range(drawn.effective, bounded=bounded))
-    weight = drawn.global_weight[:, None, None]
-    kept = ~drawn.cut & drawn.present
-    planes: dict[str, NDArray[Any]] = {
-        "scalings": quantize(drawn.scalings, low, high),
-        "present": drawn.present.astype(np.uint8),
-        "weight": drawn.global_weight.astype(np.float32),
-        "share": frames.mass_shares(drawn.scalings),
-        "share_effective": frames.mass_shares(drawn.effective),
-        "number": frames.effective_number(drawn.scalings),
-        "number_effective": frames.effective_number(drawn.effective),
-    }
-    if drawn.cut.any():
-        planes["kept"] = np.packbits(kept, axis=2, bitorder="little")
-    if np.allclose(drawn.effective, drawn.scalings * weight * kept, atol=1e-6):
-        # Recomputed in the browser: half the bytes of a second plane.
-        header["effective"] = "derived"
-    else:
-        header["effective"] = "plane"
-        planes["effective"] = quantize(drawn.effective, *header["effective_range"])
-    return planes
+    return pack(header, planes.arrays())
 
 
 def _arm(run: Run, index: int, reference: int | None) -> dict[str, Any]:

@@ -195,7 +195,7 @@ class Toolbar {
         items.push(make("span", "formula", "no softmax: scalings may have both signs"));
       }
     }
-    if (routing.header.knob_changes.length) items.push(key("change", "knobs changed"));
+    if (routing.header.knob_changes.length) items.push(key("change", "knobs changed from this token"));
     legend.replaceChildren(...items);
   }
 
@@ -217,8 +217,9 @@ class Toolbar {
     });
     const bar = make("div", "bar");
     bar.append(canvas, ticks);
-    const what = this.view.prefs.effective ? "s = effective scaling" : "s = router scaling";
-    box.append(bar, make("span", "formula", `colour = ${scale.formula}, ${what}`));
+    const what = this.view.prefs.effective ? "effective scaling" : "router scaling";
+    const formula = scale.formula === "s" ? `the ${what} s` : `${scale.formula}, s the ${what}`;
+    box.append(bar, make("span", "formula", `colour: ${formula}`));
     return box;
   }
 }

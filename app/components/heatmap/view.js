@@ -65,7 +65,7 @@ class View {
     this.adapter = this.prefs.adapter;
     if (this.adapter !== null && this.adapter >= header.adapters.length) this.adapter = null;
     this.theme = readTheme(this.root, header.palette);
-    this.root.classList.toggle("dark", this.theme.dark);
+    this.root.style.setProperty("--amber", rgba(this.theme.amber, 1));
     this.texts.update(header);
     this.part("figure").hidden = !this.drawing();
     this.root.classList.toggle("rerouted", header.rerouted);
@@ -79,10 +79,19 @@ class View {
   }
 
   note(header) {
+    const notes = [];
+    if (header.rerouted) {
+      const knobs = header.knobs[0]?.[1] ?? "";
+      notes.push(make("span", "amber", `Re-routed from the recording with ${knobs}.`));
+    }
+    if (!header.layerwise) {
+      const why = "The router writes one mixture for all modules (layerwise_scalings is off): one row.";
+      notes.push(make("span", "", why));
+    }
     const note = this.part("note");
-    note.hidden = header.layerwise || header.routed_arm === null;
-    note.textContent =
-      "This router writes one mixture for all modules (layerwise_scalings is off), so the heatmap has one row.";
+    note.hidden = notes.length === 0;
+    note.replaceChildren(...notes);
+
   }
 
   redraw() {
