@@ -22,9 +22,9 @@ from transformers import (
     Qwen2Config,
 )
 
+from xlora_core.config import XLoraConfig
 from xlora_core.layers import linear_features
 from xlora_core.model import XLoraModel
-from xlora_core.config import XLoraConfig
 
 VOCAB_SIZE = 97
 HIDDEN_SIZE = 32
