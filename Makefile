@@ -1,13 +1,17 @@
 # Nothing has to be there before but Python 3.11 or newer; every target builds what it needs.
 #
-#   make demo        the app on this machine's http://localhost:8501 (PORT=… for another)
+#   make demo        the app on http://localhost:8501 (PORT=… for another; ADDRESS=… opens it to a
+#                    network, read docs/serving.md first)
 #   make test        all tests (ARGS="-k routing" for some)
 #   make lint        formatting, lint rules, types, import layers
 #   make bench       timings and memory
-#   make train-demo  the demo's experts and router again, from the rows in sample_data
+#   make train-demo  train the demo's experts and router from DATA=… into OUT=…
 #   make clean       removes .venv and caches
 
 PORT ?= 8501
+ADDRESS ?= localhost
+DATA ?= sample_data/rows
+OUT ?= .train-demo/result
 VENV := .venv
 PYTHON_IN_VENV := $(VENV)/bin/python
 APP_READY := $(VENV)/.app-ready
@@ -26,9 +30,9 @@ HEADLESS := $(if $(or $(DISPLAY),$(WAYLAND_DISPLAY),$(filter Darwin,$(shell unam
 .DEFAULT_GOAL := demo
 
 demo: $(MODEL_READY)
-	@echo "X-LoRA Explorer: http://localhost:$(PORT)   (Ctrl+C stops it)"
-	@$(RUN) $(PYTHON_IN_VENV) -m streamlit run app/main.py --server.port $(PORT) \
-		--server.headless $(HEADLESS) --server.showEmailPrompt false
+	@echo "X-LoRA Explorer: http://$(ADDRESS):$(PORT)   (Ctrl+C stops it)"
+	@$(RUN) $(PYTHON_IN_VENV) -m streamlit run app/main.py --server.address $(ADDRESS) \
+		--server.port $(PORT) --server.headless $(HEADLESS) --server.showEmailPrompt false
 
 test: $(DEV_READY) $(MODEL_READY) browser
 	@$(RUN_TESTS) $(PYTHON_IN_VENV) -m pytest -q $(ARGS)
@@ -43,7 +47,9 @@ bench: $(DEV_READY) $(MODEL_READY)
 	@$(RUN) $(PYTHON_IN_VENV) -m benchmarks $(ARGS)
 
 train-demo: $(DEV_READY) $(MODEL_READY)
-	@$(RUN) $(PYTHON_IN_VENV) -m xlora_core.training demo $(ARGS)
+	@mkdir -p "$(OUT)" && test -e "$(OUT)/MODEL_CARD.md" || cp sample_data/MODEL_CARD.md "$(OUT)"
+	@$(RUN) $(PYTHON_IN_VENV) -m xlora_core.training demo \
+		--data "$(DATA)" --out "$(OUT)" $(ARGS)
 
 # Browser tests are skipped, with the reason, where this finds no browser and may not install one.
 browser:
@@ -63,7 +69,7 @@ $(DEV_READY): $(APP_READY)
 
 $(MODEL_READY): $(APP_READY)
 	@echo "Preparing the demo's base model; the first time takes about half a minute."
-	@$(RUN) $(PYTHON_IN_VENV) -c 'from xlora_core.demo import demo_base_folder as d; print(d())'
+	@$(RUN) TQDM_DISABLE=1 $(PYTHON_IN_VENV) -c 'from xlora_core.demo import demo_base_folder as d; print(d())'
 	@touch $@
 
 clean:
