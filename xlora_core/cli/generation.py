@@ -199,10 +199,9 @@ def _print_rest(run: Run, files: dict[str, str]) -> None:
         print_text(arm["text"], header=arm["arm"])
     print(file=sys.stderr)
     for arm in of_arms:
-        rate = arm["n_new_tokens"] / arm["seconds"] if arm["seconds"] else 0.0
         mixed = ", ".join(f"{name} {m:.2f}" for name, m in arm["mean_effective_scalings"].items())
         print(
-            f"{arm['arm']}: {arm['n_new_tokens']} tokens, {rate:.1f} tokens/s, "
+            f"{arm['arm']}: {arm['n_new_tokens']} tokens in {arm['seconds']:.1f} s, "
             f"{arm['finish_reason']}; mean scalings: {mixed or 'none'}",
             file=sys.stderr,
         )

@@ -121,8 +121,11 @@ def load(args: argparse.Namespace) -> tuple[XLoraModel, PreTrainedTokenizerBase]
         XLoraError: If they cannot be loaded.
     """
     adapters = named_values(args.adapter, option="--adapter", example="--adapter math=loras/math")
+    from transformers.utils import logging
+
     from xlora_core.demo import load_model
 
+    logging.disable_progress_bar()  # a command's stderr is for what the user has to know
     return load_model(
         args.model,
         checkpoint=args.checkpoint,
