@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
@@ -43,15 +44,17 @@ SEGMENTS = ("prompt", "response")
 Statistics = dict[str, NDArray[np.floating]]
 
 
-def bucketed_table(
+def bucketed_tables(
     run: Run,
     by: BucketBy,
     *,
     width: int = 16,
     knobs: RoutingKnobs | None = None,
     arm: int | None = None,
-) -> pd.DataFrame:
-    """Returns one row per arm, bucket, module and adapter, with the columns ``BUCKET_COLUMNS``.
+) -> Iterator[pd.DataFrame]:
+    """Yields the table of each arm: one row per bucket, module and adapter.
+
+    The columns are ``BUCKET_COLUMNS``; all frames have the same categories.
 
     A bucket covers the tokens ``bucket_start <= t < bucket_end``; ``bucket`` is
 
@@ -85,9 +88,8 @@ def bucketed_table(
     if arm is not None:
         run.track(arm)
     arms = range(len(run.tracks)) if arm is None else [arm]
-    return pd.concat([_arm_table(run, index, by, width, knobs) for index in arms]).reset_index(
-        drop=True
-    )
+    for index in arms:
+        yield _arm_table(run, index, by, width, knobs)
 
 
 def _arm_table(

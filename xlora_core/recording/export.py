@@ -18,7 +18,7 @@ import pyarrow.parquet
 from xlora_core.config import RoutingKnobs
 from xlora_core.errors import ConfigError, RecordError
 from xlora_core.recording.atomic_file import atomic_file
-from xlora_core.recording.buckets import bucketed_table
+from xlora_core.recording.buckets import bucketed_tables
 from xlora_core.recording.long_table import long_tables
 
 if TYPE_CHECKING:
@@ -54,24 +54,24 @@ def undefuse(text: str) -> str:
 
 def write_csv(run: Run, path: Path, by: ExportBy, **choice: Any) -> None:
     """Writes a table of the run as CSV. See ``Run.to_csv``."""
-    tables = _tables(run, by, **choice)
+    first, tables = _tables(run, by, **choice)
     with _output(path) as file:
-        _write_csv(file, tables)
+        _write_csv(file, first.schema, tables)
 
 
 def csv_text(run: Run, by: ExportBy, **choice: Any) -> str:
     """Returns a table of the run as CSV. See ``Run.to_csv``."""
     file = io.BytesIO()
-    _write_csv(file, _tables(run, by, **choice))
+    first, tables = _tables(run, by, **choice)
+    _write_csv(file, first.schema, tables)
     return file.getvalue().decode("utf-8")
 
 
 def write_parquet(run: Run, path: Path, by: ExportBy, **choice: Any) -> None:
     """Writes a table of the run as Parquet. See ``Run.to_parquet``."""
-    tables = _tables(run, by, **choice)
-    first = next(tables)
+    first, tables = _tables(run, by, **choice)
     with _output(path) as file, pa.parquet.ParquetWriter(file, first.schema) as writer:
-        for table in chain([first], tables):
+        for table in tables:
             writer.write_table(table)
 
 
@@ -82,20 +82,20 @@ def _tables(
     width: int = 16,
     knobs: RoutingKnobs | None = None,
     arm: int | None = None,
-) -> Iterator[pa.Table]:
-    """Yields the table in parts of one schema, at least one, texts defused.
+) -> tuple[pa.Table, Iterator[pa.Table]]:
+    """Returns the first of the table's parts, and all of them. Texts are defused.
 
-    Arguments are checked here, not at the first part.
+    There is at least one part, and all have the first one's schema. Arguments are checked here.
     """
     if by not in EXPORT_BY:
         raise ConfigError(f"by must be one of {', '.join(EXPORT_BY)}, got {by!r}")
-    if arm is not None:
-        run.track(arm)
-    if knobs is not None:
-        knobs.check(run.header.n_adapters)
     if by == "token":
-        return map(_arrow, long_tables(run, knobs, arm=arm))
-    return map(_arrow, [bucketed_table(run, by, width=width, knobs=knobs, arm=arm)])
+        frames = long_tables(run, knobs, arm=arm)
+    else:
+        frames = bucketed_tables(run, by, width=width, knobs=knobs, arm=arm)
+    tables = map(_arrow, frames)
+    first = next(tables)
+    return first, chain([first], tables)
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:
@@ -107,13 +107,12 @@ def _arrow(frame: pd.DataFrame) -> pa.Table:
     return pa.Table.from_pandas(frame.assign(**defused), preserve_index=False)
 
 
-def _write_csv(file: BinaryIO, tables: Iterator[pa.Table]) -> None:
-    first = next(tables)
+def _write_csv(file: BinaryIO, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
     # By hand: Arrow puts the names in quotes.
-    file.write((",".join(first.schema.names) + "\n").encode("utf-8"))
+    file.write((",".join(schema.names) + "\n").encode("utf-8"))
     options = pa.csv.WriteOptions(include_header=False)
-    with pa.csv.CSVWriter(file, first.schema, write_options=options) as writer:
-        for table in chain([first], tables):
+    with pa.csv.CSVWriter(file, schema, write_options=options) as writer:
+        for table in tables:
             writer.write_table(table)
 
 

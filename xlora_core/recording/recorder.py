@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
-_FLOAT32 = np.finfo(np.float32)
+_LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
+_SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
 _KNOBS = ("top_k", "temperature", "global_weight")
 
 
@@ -196,9 +197,9 @@ class TrackRecorder:
             end = self._next_row("knobs", start_row, self._n_knobs, n)
             self._arrays["top_k"][start_row:end] = knobs.top_k or 0
             # A number beyond float32 becomes its nearest: a temperature must not turn into 0.
-            temperature = min(max(knobs.temperature, _FLOAT32.tiny), _FLOAT32.max)
+            temperature = min(max(knobs.temperature, _SMALLEST_FLOAT32), _LARGEST_FLOAT32)
             self._arrays["temperature"][start_row:end] = temperature
-            weight = min(max(knobs.global_weight, -_FLOAT32.max), _FLOAT32.max)
+            weight = min(max(knobs.global_weight, -_LARGEST_FLOAT32), _LARGEST_FLOAT32)
             self._arrays["global_weight"][start_row:end] = weight
             self._n_knobs = end
             self._version += 1

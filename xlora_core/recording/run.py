@@ -153,7 +153,7 @@ class Run:
     ) -> pd.DataFrame:
         """Returns one row per arm, bucket of tokens, module and adapter.
 
-        See ``buckets.bucketed_table`` for the columns.
+        See ``buckets.bucketed_tables`` for the columns.
 
         Args:
             by: ``"position"`` (``width`` tokens each), ``"segment"`` (prompt, response) or
@@ -165,7 +165,8 @@ class Run:
         Raises:
             ConfigError: If an argument is out of range.
         """
-        return buckets.bucketed_table(self, by, width=width, knobs=knobs, arm=arm)
+        tables = buckets.bucketed_tables(self, by, width=width, knobs=knobs, arm=arm)
+        return pd.concat(list(tables), ignore_index=True)
 
     def long_table(
         self, knobs: RoutingKnobs | None = None, *, arm: int | None = None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ METADATA_KEYS = ("format", "header", "sha256")
 MOST_BYTES = 4 * 2**30
 _DAMAGED = "the file is damaged, cut off or edited; copy or download it again"
 _FOREIGN = "run files are written by Run.save, xlora generate --save or the app"
+# Pickle protocols 2 to 5, and the zip archive that torch.save writes.
+_PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -130,16 +133,16 @@ def decode(data: bytes, name: str) -> tuple[RunHeader, list[Track]]:
 
 def _open(data: bytes, name: str) -> tuple[Arrays, dict[str, str]]:
     """Returns the tensors and the metadata, when the keys of the metadata are right."""
-    if data[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
-        raise RunFileError(
-            f"{name}: this is a pickle or an archive, which is never opened", hint=_FOREIGN
-        )
     try:
         arrays = safetensors_numpy.load(data)
         # The reader has checked that the header is there, and that it is UTF-8.
         n_header = int.from_bytes(data[:8], "little")
         metadata = json.loads(data[8 : 8 + n_header]).get("__metadata__")
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if data.startswith(_PICKLES):
+            raise RunFileError(
+                f"{name}: this is a pickle or an archive, which is never opened", hint=_FOREIGN
+            ) from error
         raise RunFileError(
             f"{name}: not a readable safetensors file, perhaps truncated ({error})", hint=_DAMAGED
         ) from error
@@ -201,17 +204,15 @@ def _pieces(n: int, arrays: Arrays) -> list[str]:
         raise RunFileError(f"track {n}: piece_bytes: expected uint8 of one dimension")
     if ends.dtype != np.int64 or ends.ndim != 1:
         raise RunFileError(f"track {n}: piece_ends: expected int64 of one dimension")
-    starts = np.concatenate([[0], ends])
+    bounds = np.concatenate([[0], ends])
     # Compared, not subtracted: numbers near 2**63 would wrap around.
-    if (starts[1:] < starts[:-1]).any() or starts[-1] != len(data):
+    if (bounds[1:] < bounds[:-1]).any() or bounds[-1] != len(data):
         raise RunFileError(
             f"track {n}: piece_ends: must rise to {len(data)}, the number of piece_bytes"
         )
     raw = data.tobytes()
     try:
-        return [
-            texts.from_bytes(raw[a:b]) for a, b in zip(starts.tolist(), ends.tolist(), strict=False)
-        ]
+        return [texts.from_bytes(raw[a:b]) for a, b in pairwise(bounds.tolist())]
     except UnicodeDecodeError as error:
         raise RunFileError(f"track {n}: piece_bytes: not UTF-8 ({error.reason})") from error
 

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xlora_core.config import Arm
+from xlora_core.errors import ConfigError
 from xlora_core.recording.header import RunHeader
 
 FinishReason = Literal["stop", "length", "cancelled", "error"]
@@ -108,6 +109,11 @@ def shape_faults(track: Track, header: RunHeader) -> list[str]:
     faults = []
     if track.arm.kind == "expert" and track.arm.adapter not in header.adapter_names:
         faults.append(f"arm: the run has no adapter {track.arm.adapter!r}")
+    if track.arm.knobs is not None:
+        try:
+            track.arm.knobs.check(header.n_adapters)
+        except ConfigError as error:
+            faults.append(f"arm: {error.message}")
     for name, array in track.arrays().items():
         dtype, _, counted = ARRAYS[name]
         expected = (counts[counted], *inner.get(name, ()))
