@@ -4,9 +4,7 @@
 set -u
 
 have() { command -v "$1" >/dev/null 2>&1; }
-have_browser() {
-    have chromedriver && { have chromium || have chromium-browser || have google-chrome; }
-}
+have_browser() { have chromedriver && { have chromium || have chromium-browser; }; }
 
 if have_browser; then
     exit 0
@@ -27,5 +25,5 @@ fi
 
 echo "Chromium and chromedriver are missing, so the browser tests will be skipped." >&2
 echo "hint: on Debian, as root: apt install chromium chromium-driver" >&2
-echo "hint: elsewhere: install Chrome or Chromium, and the chromedriver of the same version" >&2
+echo "hint: elsewhere: install Chromium, and the chromedriver of the same version, on PATH" >&2
 exit 0
