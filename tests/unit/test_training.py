@@ -251,3 +251,42 @@ def test_commands_report_errors_without_a_traceback(
     router = ["router", "--adapters", "math", "--data", "x", "--out", str(tmp_path / "o")]
     assert main(router) == 2
     assert "--adapters takes NAME=FOLDER" in capsys.readouterr().err
+
+
+def test_the_commands_train_and_evaluate_a_whole_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("peft", reason="the extra 'train' is not installed")
+    base, data = str(tmp_path / "base"), tmp_path / "rows"
+    tiny_base().save_pretrained(base)
+    letter_tokenizer().save_pretrained(base)
+    data.mkdir()
+    for domain, answer in (("sums", "123"), ("songs", "lala")):
+        for split in ("train", "heldout"):
+            rows = [vars(row(f"{i}?", answer * (1 + i % 2), domain)) for i in range(20)]
+            text = "\n".join(json.dumps(values) for values in rows)
+            (data / f"{domain}.{split}.jsonl").write_text(text)
+    common = ["--data", str(data), "--base", base, "--steps", "3", "--rows", "4"]
+    common += ["--warmup-steps", "1", "--dtype", "float32"]
+    for domain in ("sums", "songs"):
+        out = str(tmp_path / domain)
+        assert main(["expert", "--domain", domain, "--out", out, "--rank", "2", *common]) == 0
+    assert (
+        main(
+            ["expert", "--domain", "sums", "--out", str(tmp_path / "sums"), "--rank", "2", *common]
+        )
+        == 0
+    )
+    assert "sums is trained already" in capsys.readouterr().out
+    adapters = [f"{domain}={tmp_path / domain}" for domain in ("sums", "songs")]
+    out = str(tmp_path / "xlora")
+    assert main(["router", "--out", out, "--adapters", *adapters, *common]) == 0
+    figures = tmp_path / "figures.json"
+    evaluation = ["evaluate", "--model", out, "--base", base, "--data", str(data), "--rows", "4"]
+    assert main([*evaluation, "--out", str(figures)]) == 0
+    record = json.loads(figures.read_text())
+    assert set(record["results"]) == {"sums", "songs", "mixed"}
+    assert record["command"].startswith("python -m xlora_core.training evaluate --model xlora")
+    assert table(record["results"]) in capsys.readouterr().out
+    for file in tmp_path.rglob("*.json"):
+        assert str(tmp_path) not in file.read_text(), file
