@@ -1,0 +1,237 @@
+"""What learns and what does not; gradient checkpointing, with which PEFT's X-LoRA fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.tiny_models import families, tiny_prompt, tiny_xlora
+from xlora_core.model import XLoraModel
+
+FAMILIES = sorted(families())
+NEAR = {"atol": 1e-10, "rtol": 1e-8}
+
+
+def trainable(model: XLoraModel) -> dict[str, torch.nn.Parameter]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def backward(model: XLoraModel, *prompts: Tensor) -> tuple[float, dict[str, Tensor]]:
+    """Returns the loss and the gradients of one backward through a call per prompt."""
+    torch.manual_seed(11)  # both runs draw the same dropout
+    loss = sum(model(input_ids=ids, labels=ids).loss for ids in prompts)
+    loss.backward()
+    gradients = {name: p.grad.clone() for name, p in trainable(model).items()}
+    model.zero_grad()
+    return float(loss), gradients
+
+
+# ---------------------------------------------------------------- what learns
+
+
+def test_only_the_classifier_is_trainable_by_default(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path, xlora_depth=2)
+    assert set(trainable(model)) == {
+        f"classifier.layers.{i}.{kind}" for i in (0, 3) for kind in ("weight", "bias")
+    }
+
+
+def test_with_trainable_adapters_the_experts_learn_too_but_never_the_base(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path, use_trainable_adapters=True)
+    names = set(trainable(model))
+    assert {n for n in names if not n.startswith("classifier.")} == {
+        f"base_model.{path}.lora_{side}" for path in model.lora_layer_names for side in "AB"
+    }
+    _, gradients = backward(model, tiny_prompt())
+    assert all(gradient.abs().max() > 1e-8 for gradient in gradients.values())
+
+
+def test_the_scaling_pass_gives_no_gradient(tmp_path: Path) -> None:
+    """With a non-zero constant its experts would get one; they must learn from the main pass."""
+    model = tiny_xlora(
+        tmp_path, dtype=torch.float64, use_trainable_adapters=True, scaling_pass_value=0.3
+    )
+    ids = tiny_prompt()
+    output = model.scaling_pass(input_ids=ids, with_lm_logits=True)
+    assert not output.router_logits.requires_grad
+    assert output.lm_logits is not None
+    assert not output.lm_logits.requires_grad
+    _, gradients = backward(model, ids)
+    # The same loss with the hidden state as a constant.
+    hidden, _ = model._scaling_hidden(None, {"input_ids": ids}, False)
+    scalings = model.route(model.classifier(hidden.detach().clone()))
+    model.main_pass(input_ids=ids, labels=ids, scalings=scalings).loss.backward()
+    for name, parameter in trainable(model).items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradients[name], **NEAR)
+
+
+def test_the_classifiers_gradient_is_the_slope_of_the_loss(tmp_path: Path) -> None:
+    """Against finite differences, so independent of autograd.
+
+    On GPT-2, because Llama's norms round to float32 even in a float64 model.
+    """
+    model = tiny_xlora(tmp_path, "gpt2", dtype=torch.float64, top_k_lora=2)
+    ids = tiny_prompt()
+
+    def loss() -> Tensor:  # Hugging Face's own is float32, too coarse for differences
+        logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+
+    loss().backward()
+    weight = model.classifier.layers[0].weight
+    assert weight.grad is not None
+    for index in ((0, 0), (7, 3), (23, 31)):
+        losses = []
+        for step in (1e-6, -1e-6):
+            with torch.no_grad():
+                weight[index] += step
+                losses.append(float(loss()))
+                weight[index] -= step
+        slope = (losses[0] - losses[1]) / 2e-6
+        assert slope == pytest.approx(float(weight.grad[index]), rel=1e-5, abs=1e-9)
+
+
+def test_train_and_eval_reach_the_base_model_and_the_router(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path, xlora_depth=2, xlora_dropout_p=0.5)
+    assert not any(module.training for module in model.modules())
+    ids = tiny_prompt()
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        model.train()
+        assert all(module.training for module in model.modules())
+        assert not torch.equal(model(input_ids=ids).logits, model(input_ids=ids).logits)
+        model.generate(input_ids=ids, max_new_tokens=2)
+        assert model.training  # PEFT up to 0.20 left it in eval mode, the classifier frozen
+        assert trainable(model)
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+def enable(model: XLoraModel, use_reentrant: bool) -> None:
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+
+
+def counted(model: XLoraModel) -> list[bool]:
+    """Notes every call of the first adapted module."""
+    calls: list[bool] = []
+    model.lora_layers[0].register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    return calls
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("trains_adapters", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_changes_no_loss_and_no_gradient(
+    tmp_path: Path, family: str, trains_adapters: bool, use_reentrant: bool
+) -> None:
+    model = tiny_xlora(
+        tmp_path, family, dtype=torch.float64, use_trainable_adapters=trains_adapters
+    ).train()
+    ids = tiny_prompt()
+    loss, gradients = backward(model, ids)
+    assert all(gradient.abs().max() > 1e-8 for gradient in gradients.values())
+    enable(model, use_reentrant)
+    calls = counted(model)
+    checkpointed_loss, checkpointed = backward(model, ids)
+    # Scaling pass, main pass, and once more inside backward: it really recomputed.
+    assert len(calls) == 3
+    assert checkpointed_loss == pytest.approx(loss, abs=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[name], gradient, **NEAR)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_two_forward_calls_before_one_backward(tmp_path: Path, use_reentrant: bool) -> None:
+    """Each recomputation must run with the scalings of its own call."""
+    model = tiny_xlora(tmp_path, dtype=torch.float64, use_trainable_adapters=True).train()
+    prompts = (tiny_prompt(), tiny_prompt(seed=1, batch=1, length=5))
+    loss, gradients = backward(model, *prompts)
+    enable(model, use_reentrant)
+    checkpointed_loss, checkpointed = backward(model, *prompts)
+    assert checkpointed_loss == pytest.approx(loss, abs=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[name], gradient, **NEAR)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_an_inference_call_between_forward_and_backward_disturbs_nothing(
+    tmp_path: Path, use_reentrant: bool
+) -> None:
+    model = tiny_xlora(tmp_path, dtype=torch.float64).train()
+    ids = tiny_prompt()
+    _, gradients = backward(model, ids)
+    enable(model, use_reentrant)
+    loss = model(input_ids=ids, labels=ids).loss
+    with torch.no_grad():
+        model(input_ids=tiny_prompt(seed=4))
+    loss.backward()
+    for name, parameter in trainable(model).items():
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, gradients[name], **NEAR)
+
+
+@pytest.mark.parametrize(
+    "enable_on",
+    [
+        lambda model: model.base_model.activation_checkpointing_enable({"use_reentrant": True}),
+        lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
+    ],
+    ids=["base model", "old name"],
+)
+def test_other_ways_to_turn_it_on(tmp_path: Path, enable_on: Callable[[XLoraModel], None]) -> None:
+    model = tiny_xlora(tmp_path, dtype=torch.float64).train()
+    ids = tiny_prompt()
+    _, gradients = backward(model, ids)
+    enable_on(model)
+    calls = counted(model)
+    _, checkpointed = backward(model, ids)
+    assert len(calls) == 3
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(checkpointed[name], gradient, **NEAR)
+
+
+def test_experts_train_under_constant_scalings_too(tmp_path: Path) -> None:
+    """As when one expert is trained alone; no scaling carries a gradient then."""
+    model = tiny_xlora(tmp_path, dtype=torch.float64, use_trainable_adapters=True).train()
+    ids, alone = tiny_prompt(), torch.tensor([0.0, 1.0, 0.0])
+    gradients = []
+    for checkpointing in (None, True, False):
+        if checkpointing is not None:
+            enable(model, checkpointing)
+        model.main_pass(input_ids=ids, labels=ids, scalings=alone).loss.backward()
+        grad = model.lora_layers[0].lora_B.grad
+        assert grad is not None
+        gradients.append(grad.clone())
+        model.zero_grad()
+    assert gradients[0].abs().max() > 1e-8
+    torch.testing.assert_close(gradients[1], gradients[0], **NEAR)
+    torch.testing.assert_close(gradients[2], gradients[0], **NEAR)
+
+
+def test_after_merging_another_model_on_the_same_base_still_learns(tmp_path: Path) -> None:
+    """The checkpoint function stays on the base; it must follow the newest model's scalings."""
+    first = tiny_xlora(tmp_path, dtype=torch.float64)
+    enable(first, True)
+    base = first.merge_and_unload()
+    second = XLoraModel.from_base(base, first.config_xlora).train()
+    ids = tiny_prompt()
+    _, checkpointed = backward(second, ids)
+    base.activation_checkpointing_disable()
+    _, gradients = backward(second, ids)
+    for name, gradient in gradients.items():
+        assert gradient.abs().max() > 1e-8
+        torch.testing.assert_close(checkpointed[name], gradient, **NEAR)
+
+
+def test_checkpointing_does_not_stand_in_the_way_of_generation(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path, dtype=torch.float64)
+    ids = tiny_prompt()
+    tokens = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+    enable(model, False)
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False), tokens)
