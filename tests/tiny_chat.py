@@ -54,9 +54,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def tiny_chat_base(*, context_length: int = 128, seed: int = 0) -> PreTrainedModel:
-    """Returns a tiny random Llama with the vocabulary of ``tiny_tokenizer``."""
-    config = families()["llama"].config
+def tiny_chat_base(
+    family: str = "llama", *, context_length: int = 128, seed: int = 0
+) -> PreTrainedModel:
+    """Returns a tiny random base model with the vocabulary of ``tiny_tokenizer``."""
+    config = families()[family].config
     config.update(
         {
             "vocab_size": len(tiny_tokenizer()),
@@ -78,22 +80,24 @@ def tiny_chat_base(*, context_length: int = 128, seed: int = 0) -> PreTrainedMod
 EXPERTS = ("math", "code", "verse")
 
 
-def write_chat_experts(folder: Path) -> dict[str, str]:
+def write_chat_experts(folder: Path, family: str = "llama") -> dict[str, str]:
     """Writes random experts for ``tiny_chat_base``; returns name -> folder."""
-    base = tiny_chat_base()
-    targets = families()["llama"].targets
+    base = tiny_chat_base(family)
+    targets = families()[family].targets
     return {
         name: str(write_lora(folder / name, base, targets, seed=i + 1))
         for i, name in enumerate(EXPERTS)
     }
 
 
-def tiny_chat_xlora(folder: Path, *, context_length: int = 128, **config: object) -> XLoraModel:
+def tiny_chat_xlora(
+    folder: Path, family: str = "llama", *, context_length: int = 128, **config: object
+) -> XLoraModel:
     """Returns a tiny X-LoRA model with three experts that routes visibly."""
     settings = {"layerwise_scalings": True} | config
     model = XLoraModel.from_base(
-        tiny_chat_base(context_length=context_length),
-        XLoraConfig(adapters=write_chat_experts(folder), **settings),  # type: ignore[arg-type]  # settings are XLoraConfig's
+        tiny_chat_base(family, context_length=context_length),
+        XLoraConfig(adapters=write_chat_experts(folder, family), **settings),  # type: ignore[arg-type]  # settings are XLoraConfig's
     )
     torch.manual_seed(7)
     with torch.no_grad():

@@ -12,6 +12,7 @@ import torch
 
 from tests.pacer import Pacer
 from tests.tiny_chat import EXPERTS, tiny_chat_base, tiny_chat_xlora, tiny_tokenizer
+from tests.tiny_models import families
 from xlora_core.config import Arm, RoutingKnobs, SamplingParams
 from xlora_core.engine import ArmFinished, Engine, Finished, Queued, Started, TokenEvent, tracks
 from xlora_core.model import XLoraModel
@@ -77,6 +78,15 @@ def test_a_constant_arm_writes_what_the_merged_model_writes(
 def test_the_base_arm_writes_what_the_base_model_writes(engine: Engine) -> None:
     track = engine.run(PROMPT, [Arm.base()], GREEDY).tracks[0]
     assert track.token_ids.tolist() == generated(tiny_chat_base())
+
+
+@pytest.mark.parametrize("family", sorted(families()))
+def test_every_architecture(tmp_path: Path, family: str) -> None:
+    model = tiny_chat_xlora(tmp_path, family)
+    with Engine(model, TOKENIZER) as engine:
+        run = engine.run(PROMPT, [Arm.routed(), Arm.base()], GREEDY)
+    assert run.tracks[0].token_ids.tolist() == generated(model)
+    assert run.tracks[1].token_ids.tolist() == generated(tiny_chat_base(family))
 
 
 @pytest.mark.parametrize(

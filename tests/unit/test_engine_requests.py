@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,7 +189,7 @@ def test_cancel_after_the_end_changes_nothing(engine: Engine) -> None:
 # -------------------------------------------------------------------- failures
 
 
-def failing_at(read: int, error: BaseException) -> object:
+def failing_at(read: int, error: BaseException) -> Callable[[int], None]:
     def before_read(number: int) -> None:
         if number == read:
             raise error
@@ -214,7 +216,7 @@ def test_a_failing_request_fails_alone(
     error: Exception,
     message: str,
 ) -> None:
-    pacer = Pacer(model, monkeypatch, failing_at(2, error))  # type: ignore[arg-type]
+    pacer = Pacer(model, monkeypatch, failing_at(2, error))
     failing = engine.submit(PROMPT, [Arm.routed(), Arm.base()], LONG)
     pacer.hold()
     behind = engine.submit(PROMPT, sampling=SHORT)
@@ -234,7 +236,7 @@ def test_a_failing_request_fails_alone(
 def test_a_stream_raises_the_failure(
     engine: Engine, model: XLoraModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pacer = Pacer(model, monkeypatch, failing_at(0, RuntimeError("boom")))  # type: ignore[arg-type]
+    pacer = Pacer(model, monkeypatch, failing_at(0, RuntimeError("boom")))
     stream = engine.stream(PROMPT)
     pacer.release()
     with pytest.raises(EngineError, match="RuntimeError: boom"):
@@ -346,6 +348,26 @@ def test_closing_fails_what_runs_and_what_waits(
     with pytest.raises(EngineError, match="the engine is closed"):
         engine.submit(PROMPT)
     engine.close()  # closing twice is no error
+
+
+def test_an_engine_that_nobody_closed_closes_when_the_process_ends(
+    model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    engine = Engine(model, TOKENIZER)
+    handle = engine.submit(PROMPT, sampling=LONG)
+    (close,) = at_exit
+    close()
+    assert handle.state in ("done", "failed")
+    assert not engine._thread.is_alive()
+
+
+def test_a_model_in_training_mode_answers_without_dropout(tmp_path: Path) -> None:
+    model = tiny_chat_xlora(tmp_path, xlora_depth=2, xlora_size=16, xlora_dropout_p=0.9)
+    with Engine(model.train(), TOKENIZER) as engine:
+        runs = [engine.run(PROMPT, sampling=SHORT) for _ in range(2)]
+    assert (runs[0].scalings() == runs[1].scalings()).all()
 
 
 def test_stop_tokens_come_from_the_first_place_that_names_any() -> None:

@@ -53,6 +53,10 @@ def test_samples_follow_the_distribution() -> None:
     assert found[5] == 0
 
 
+def test_a_tiny_temperature_is_greedy() -> None:
+    assert sampler(temperature=1e-300).choose(LOGITS).token_id == 1
+
+
 def test_top_k_keeps_what_hugging_face_keeps() -> None:
     found = frequencies(LOGITS, top_k=2)
     kept = TopKLogitsWarper(2)(torch.zeros(1, 1), LOGITS[None])[0] > -torch.inf

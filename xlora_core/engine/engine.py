@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 import uuid
 from collections import deque
@@ -35,7 +36,7 @@ class Engine:
     that fails does so alone. Use it as a context manager, or call ``close``.
 
     Args:
-        model: The model. Nobody else should change it meanwhile.
+        model: The model; put in evaluation mode. Nobody else should change it meanwhile.
         tokenizer: The Hugging Face tokenizer of its base model.
         max_queue: Most requests that wait, beside the one that runs; >= 1.
         model_id: Name of the model for run files; the base model's path if empty.
@@ -53,7 +54,7 @@ class Engine:
     ) -> None:
         if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
             raise ConfigError(f"max_queue must be a whole number >= 1, got {max_queue!r}")
-        self._model = model
+        self._model = model.eval()
         self._tokenizer = tokenizer
         self._max_queue = max_queue
         self._model_id = model_id or str(getattr(model.config, "name_or_path", ""))
@@ -69,6 +70,8 @@ class Engine:
         self._tokenizer_lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="xlora-engine", daemon=True)
         self._thread.start()
+        # A process that ends while PyTorch computes in a daemon thread aborts.
+        atexit.register(self.close)
 
     # ---------------------------------------------------------------- asking
 
@@ -195,6 +198,7 @@ class Engine:
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self
@@ -260,7 +264,8 @@ class Engine:
                 request.ask_to_cancel()
 
     def _announce_positions(self) -> None:
-        for position, request in enumerate(self._queue, start=1):
+        # A copy: the collector may drop a stream right here, which cancels its request.
+        for position, request in enumerate(list(self._queue), start=1):
             request.announce_position(position)
 
     def _next_request(self) -> Request | None:

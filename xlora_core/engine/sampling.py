@@ -77,7 +77,8 @@ class Sampler:
             logits = _penalised(logits, self._seen, params.repetition_penalty)
         if params.temperature == 0:
             return logits.argmax()
-        logits = logits / params.temperature
+        # The best logit becomes 0, so that no temperature, however small, overflows.
+        logits = (logits - logits.max()) / params.temperature
         if params.top_k is not None and params.top_k < logits.shape[0]:
             least = torch.topk(logits, params.top_k).values[-1]
             logits = logits.masked_fill(logits < least, -torch.inf)
