@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import streamlit as st
 
 from app import actions, engine_client, session
@@ -11,6 +13,7 @@ from app.panels import controls, downloads, header, messages, prompt, status
 from xlora_core import RoutingKnobs, Run
 
 POLL_SECONDS = 0.2
+SEND_SECONDS = 0.03
 
 
 def render() -> None:
@@ -24,18 +27,25 @@ def render() -> None:
     header.draw(client.card)
     controls.draw(client)
     prompt.draw(client)
-    messages.failure()
-    show = session.current()
+    # A place of its own, so that a message coming or going never moves the run's view: an element
+    # that changes its place in the page is mounted anew.
+    with st.container():
+        messages.failure()
+        show = session.current()
+        run = controls.shown_run(show)
+        knobs = controls.shown_knobs(run) if run else None
+        if run and knobs:
+            messages.rerouted(client, run)
     if show is None:
         st.info(messages.EMPTY, icon=":material/grid_on:")
         return
-    run = controls.shown_run(show)
-    knobs = controls.shown_knobs(run) if run else None
-    if run and knobs:
-        messages.rerouted(client, run)
     st.fragment(_run_view, run_every=POLL_SECONDS if show.live else None)(show, knobs)
     if run:
         downloads.draw(run, knobs)
+    # Streamlit drops what a fragment has drawn but not sent yet when the fragment's next poll
+    # begins, and the browser then takes the view away and mounts it anew. A poll that waits for
+    # the end of this run of the script would begin before the 10 ms cycle of sending is through.
+    time.sleep(SEND_SECONDS)
 
 
 def _run_view(show: session.Show, knobs: RoutingKnobs | None) -> None:

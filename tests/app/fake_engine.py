@@ -1,7 +1,8 @@
 """An engine without a model: scripted words, structured made-up router logits, real recording.
 
 Same interface as ``xlora_core.engine.Engine`` as far as the app uses it. What it records goes
-through the real ``TrackRecorder``, so everything after the engine is the real thing.
+through the real ``TrackRecorder``, so everything after the engine is the real thing. A prompt
+with the word "slowly" runs ten times slower; one with "script" is answered with markup.
 """
 
 from __future__ import annotations
@@ -245,6 +246,7 @@ class FakeEngine:
         handle.state = "decode"
         if self.fake.waits_for:
             self.fake.waits_for.wait()
+        slowly = 10 if "slowly" in "".join(prompt) else 1
         for n in range(max(map(len, answers))):
             if self.fake.fails_after is not None and n >= self.fake.fails_after:
                 for recorder in recorders:
@@ -253,7 +255,7 @@ class FakeEngine:
             for index, (answer, recorder) in enumerate(zip(answers, recorders, strict=True)):
                 if n >= len(answer):
                     continue
-                pause.wait(self.fake.delay)
+                pause.wait(self.fake.delay * slowly)
                 recorder.append(
                     sum(map(ord, answer[n])),
                     answer[n],

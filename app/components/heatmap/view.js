@@ -10,6 +10,8 @@ const PREFS = {
   zoom: 1,
 };
 
+let remembered = null;
+
 class View {
   constructor(root) {
     this.root = root;
@@ -48,6 +50,12 @@ class View {
   }
 
   destroy() {
+    if (this.routing) {
+      const bodies = [...this.root.querySelectorAll(".body")].map((body) => body.scrollTop);
+      const { follow } = this.plot;
+      const left = this.part("scroll").scrollLeft;
+      remembered = { run: this.routing.header.run_id, pin: this.pin, follow, left, bodies };
+    }
     this.resize.disconnect();
     removeEventListener("scroll", this.onWindowScroll, true);
   }
@@ -71,7 +79,19 @@ class View {
     this.root.classList.toggle("rerouted", header.rerouted);
     this.note(header);
     if (this.drawing()) this.redraw();
+    if (remembered?.run === header.run_id) this.restore();
+    remembered = null;
     if (wasLive && !header.live) this.announce();
+  }
+
+  /** Takes up where an earlier mount of the same run was: Streamlit may mount anew at any time. */
+  restore() {
+    const { pin, follow, left, bodies } = remembered;
+    this.pin = pin;
+    this.plot.follow = follow;
+    if (!follow) this.part("scroll").scrollLeft = left;
+    this.root.querySelectorAll(".body").forEach((body, i) => (body.scrollTop = bodies[i] ?? 0));
+    this.showMark();
   }
 
   drawing() {
