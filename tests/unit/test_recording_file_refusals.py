@@ -13,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load, save
+from safetensors.torch import save as save_tensors
 
 from tests.recorded_runs import ALL_ARMS, make_run
 from xlora_core import Run
@@ -54,6 +55,13 @@ def test_an_absurdly_large_file_is_not_read(tmp_path) -> None:
         file.truncate(run_file.MOST_BYTES + 1)
     with pytest.raises(RunFileError, match="4,294,967,297 bytes are more than a run file may have"):
         Run.load(path)
+
+
+def test_an_absurdly_large_header_is_not_parsed(monkeypatch) -> None:
+    data = make_run().to_bytes()
+    monkeypatch.setattr(run_file, "MOST_HEADER_BYTES", 1000)
+    with pytest.raises(RunFileError, match="a header has at most 1,000 bytes"):
+        Run.from_bytes(data)
 
 
 class Payload:
@@ -98,22 +106,36 @@ def test_bytes_after_the_end_are_refused() -> None:
 @pytest.mark.parametrize("metadata", [None, {"format": "pt"}])
 def test_other_safetensors_files_are_refused(metadata) -> None:
     data = save({"weight": np.zeros(3)}, metadata=metadata)
-    with pytest.raises(RunFileError, match="up.bin: a safetensors file, but not a run file"):
+    with pytest.raises(RunFileError, match="up.bin: not a run file: the metadata") as caught:
         Run.from_bytes(data, "up.bin")
+    assert "Run.save" in caught.value.hint
 
 
 def test_a_newer_version_is_refused_before_anything_else() -> None:
-    def change(tensors: Tensors, header: dict[str, Any]) -> None:
-        tensors.clear()
-        tensors["new"] = np.zeros(1)
-        header.clear()
-        header.update(format_version=2, shape_of_things="to come")
-
+    # Nothing else is as it is today: other metadata, other fields, a type numpy does not have.
+    header = {"format_version": 2, "shape_of_things": "to come"}
+    data = save_tensors(
+        {"new": torch.zeros(2, dtype=torch.bfloat16)},
+        metadata={"format": "xlora-run", "header": json.dumps(header)},
+    )
     with pytest.raises(
         RunFileError, match="the file has format version 2, this program reads up to 1"
     ) as caught:
-        Run.from_bytes(doctored(change))
+        Run.from_bytes(data)
     assert caught.value.hint == "upgrade xlora-explorer to open it"
+
+
+def test_tensors_of_another_type_are_refused() -> None:
+    _, metadata, _ = contents(make_run().to_bytes())
+    data = save_tensors({"prompt_text": torch.zeros(2, dtype=torch.bfloat16)}, metadata=metadata)
+    with pytest.raises(RunFileError, match="up.bin: tensor type 'BF16' is not one of a run file"):
+        Run.from_bytes(data, "up.bin")
+
+
+def test_json_that_is_no_safetensors_header_is_refused() -> None:
+    header = b'["__metadata__"]'
+    with pytest.raises(RunFileError, match="not a run file"):
+        Run.from_bytes(len(header).to_bytes(8, "little") + header)
 
 
 def test_a_change_of_any_value_breaks_the_checksum() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from xlora_core.recording.track import ARRAYS, Track, shape_faults, value_faults
 FORMAT = "xlora-run"
 METADATA_KEYS = ("format", "header", "sha256")
 MOST_BYTES = 4 * 2**30
+MOST_HEADER_BYTES = 100_000_000  # safetensors' own limit
 _DAMAGED = "the file is damaged, cut off or edited; copy or download it again"
 _FOREIGN = "run files are written by Run.save, xlora generate --save or the app"
 # Pickle protocols 2 to 5, and the zip archive that torch.save writes.
@@ -115,52 +116,65 @@ def decode(data: bytes, name: str) -> tuple[RunHeader, list[Track]]:
     Raises:
         RunFileError: If they are truncated, doctored, or of a newer version.
     """
-    arrays, metadata = _open(data, name)
     try:
+        metadata = _metadata(data)
+        arrays = _arrays(data)
+        header_json.check_keys("metadata", metadata, METADATA_KEYS)
         header, facts = header_json.from_json(
             metadata["header"], prompt_text=_text(arrays.get("prompt_text"), "prompt_text")
         )
         _check_names(arrays, {"prompt_text"}.union(*(_names(n, f) for n, f in enumerate(facts))))
         tracks = [_track(header, n, fact, arrays) for n, fact in enumerate(facts)]
+        if metadata["sha256"] != _digest(metadata["header"], arrays):
+            raise RunFileError("the contents do not have the checksum that 'sha256' says")
     except RunFileError as error:
         raise RunFileError(f"{name}: {error.message}", hint=error.hint or _DAMAGED) from error
-    if metadata["sha256"] != _digest(metadata["header"], arrays):
-        raise RunFileError(
-            f"{name}: the contents do not have the checksum that 'sha256' says", hint=_DAMAGED
-        )
     return header, tracks
 
 
-def _open(data: bytes, name: str) -> tuple[Arrays, dict[str, str]]:
-    """Returns the tensors and the metadata, when the keys of the metadata are right."""
+def _metadata(data: bytes) -> dict[str, Any]:
+    """Returns the metadata of a run file of a version that this program reads.
+
+    Tensors are not looked at, since a newer version's may be of a kind that is not known here.
+    """
+    n_header = int.from_bytes(data[:8], "little")
     try:
-        arrays = safetensors_numpy.load(data)
-        # The reader has checked that the header is there, and that it is UTF-8.
-        n_header = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + n_header]).get("__metadata__")
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if n_header > MOST_HEADER_BYTES:
+            raise ValueError(f"a header has at most {MOST_HEADER_BYTES:,} bytes")
+        if len(data) < 8 + n_header:
+            raise ValueError(f"the header ends at byte {8 + n_header:,}, the file at {len(data):,}")
+        found = json.loads(data[8 : 8 + n_header].decode("utf-8"))
+        metadata = found.get("__metadata__") if isinstance(found, dict) else None
+    except (ValueError, RecursionError) as error:
         if data.startswith(_PICKLES):
             raise RunFileError(
-                f"{name}: this is a pickle or an archive, which is never opened", hint=_FOREIGN
+                "this is a pickle or an archive, which is never opened", hint=_FOREIGN
             ) from error
         raise RunFileError(
-            f"{name}: not a readable safetensors file, perhaps truncated ({error})", hint=_DAMAGED
+            f"not a readable safetensors file, perhaps truncated ({error})"
         ) from error
-    if not isinstance(metadata, Mapping) or metadata.get("format") != FORMAT:
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise RunFileError(
-            f"{name}: a safetensors file, but not a run file (metadata 'format' is not {FORMAT!r})",
-            hint=_FOREIGN,
+            f"not a run file: the metadata does not say that 'format' is {FORMAT!r}", hint=_FOREIGN
         )
     if "header" not in metadata:
-        raise RunFileError(f"{name}: metadata: key 'header' is missing", hint=_DAMAGED)
+        raise RunFileError("metadata: key 'header' is missing")
+    header_json.check_version(metadata["header"])
+    return metadata
+
+
+def _arrays(data: bytes) -> Arrays:
     try:
-        header_json.check_version(metadata["header"])
-        header_json.check_keys("metadata", metadata, METADATA_KEYS)
-    except RunFileError as error:
-        raise RunFileError(f"{name}: {error.message}", hint=error.hint or _DAMAGED) from error
+        arrays = safetensors_numpy.load(data)
+    except (SafetensorError, ValueError) as error:
+        raise RunFileError(
+            f"not a readable safetensors file, perhaps truncated ({error})"
+        ) from error
+    except KeyError as error:
+        raise RunFileError(f"tensor type {error} is not one of a run file") from error
     for array in arrays.values():
         array.flags.writeable = False
-    return arrays, dict(metadata)
+    return arrays
 
 
 def _names(n: int, facts: header_json.TrackFacts) -> set[str]:
