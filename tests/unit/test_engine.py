@@ -78,6 +78,7 @@ def test_a_constant_arm_writes_what_the_merged_model_writes(
 def test_the_base_arm_writes_what_the_base_model_writes(engine: Engine) -> None:
     track = engine.run(PROMPT, [Arm.base()], GREEDY).tracks[0]
     assert track.token_ids.tolist() == generated(tiny_chat_base())
+    np.testing.assert_array_equal(track.base_logprob, track.logprob)
 
 
 @pytest.mark.parametrize("family", sorted(families()))
