@@ -315,6 +315,7 @@ def test_help_teaches_with_examples(command: str, capsys: Capture) -> None:
         (["--prompt", "x", "--max-new-tokens", "0"], "max_new_tokens must be a whole number >= 1"),
         (["--prompt", "x", "--csv", "no/such/a.csv"], "--csv no/such/a.csv: the folder no/such"),
         (["--prompt", "x", "--save", "."], "--save .: that is a folder"),
+        (["--prompt", "x", "--width", "0"], "--width must be at least 1, got 0"),
         (["--prompt-file", "no.txt"], "the prompt file no.txt cannot be read: No such file"),
         (["--prompt", "x", "--adapter", "math"], "--adapter must be of the form NAME=VALUE"),
         (["--prompt", "x", "--adapter", "a=b", "--adapter", "a=c"], "--adapter names 'a' twice"),

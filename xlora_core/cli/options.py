@@ -179,12 +179,13 @@ def knobs_over(default: RoutingKnobs, args: argparse.Namespace) -> RoutingKnobs:
 
 
 def check_output_files(args: argparse.Namespace, *options: str) -> None:
-    """Refuses output files that cannot be written, before the work whose results they hold.
+    """Refuses output that cannot be written, before the work whose results it holds.
 
     Raises:
-        ConfigError: Listing every file whose folder is missing, or that is a folder.
+        ConfigError: Listing every file whose folder is missing, or that is a folder; and a
+            bucket width below 1.
     """
-    faults = []
+    faults = [] if args.width >= 1 else [f"--width must be at least 1, got {args.width}"]
     for option in options:
         name = getattr(args, option)
         if name is None or name == "-":
@@ -195,7 +196,10 @@ def check_output_files(args: argparse.Namespace, *options: str) -> None:
         elif not path.parent.is_dir():
             faults.append(f"--{option} {name}: the folder {path.parent} does not exist")
     if faults:
-        raise ConfigError(faults, hint="create the folder first, or choose another name")
+        raise ConfigError(
+            faults,
+            hint="give a file name in a folder that exists, and buckets of at least one token",
+        )
 
 
 def print_json(value: object) -> None:
