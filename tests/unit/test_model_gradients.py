@@ -27,7 +27,7 @@ def backward(model: XLoraModel, *prompts: Tensor) -> tuple[float, dict[str, Tens
     loss.backward()
     gradients = {name: p.grad.clone() for name, p in trainable(model).items()}
     model.zero_grad()
-    return float(loss), gradients
+    return float(loss.detach()), gradients
 
 
 # ---------------------------------------------------------------- what learns
