@@ -43,7 +43,7 @@ def buckets(table: pd.DataFrame) -> list[tuple[int, int]]:
 
 
 @given(run=runs(), by=st.sampled_from(["position", "segment"]), width=st.integers(1, 9))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_buckets_partition_the_tokens(run: Run, by, width: int) -> None:
     table = run.bucketed(by, width=width)
     covered = [t for start, end in buckets(table) for t in range(start, end)]
@@ -55,7 +55,7 @@ def test_buckets_partition_the_tokens(run: Run, by, width: int) -> None:
 
 
 @given(run=runs())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_seq_len_buckets_are_the_prefixes_that_were_read(run: Run) -> None:
     track = run.tracks[0]
     # Uncached: the prompt, then once more with every token written, but the last one.
@@ -70,7 +70,7 @@ def test_seq_len_buckets_are_the_prefixes_that_were_read(run: Run) -> None:
     width=st.integers(1, 9),
     knobs=st.none() | KNOBS,
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_numbers_equal_a_computation_token_by_token(run: Run, by, width: int, knobs) -> None:
     raw = expected_scalings(run, 0, knobs, effective=False)
     # Which of two equal scalings top-k keeps is free; float16 logits do tie.

@@ -39,7 +39,7 @@ def test_texts_without_signs_are_left_alone(text: str) -> None:
 
 
 @given(pieces=st.lists(TEXTS, min_size=2, max_size=8), seed=st.integers(0, 99))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_long_csv_comes_back_through_pandas(pieces, seed) -> None:
     run = make_run(1, len(pieces) - 1, pieces=pieces, seed=seed, enable_softmax=False)
     text = run.to_csv_text("token")

@@ -43,7 +43,7 @@ N_HEADER = 8 + int.from_bytes(VALID[:8], "little")
     finish=st.sampled_from([None, "stop", "length", "cancelled", "error"]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_every_run_comes_back_as_it_was(
     arms, pieces, split, prompt_text, layerwise, finish, seed
 ) -> None:
@@ -82,7 +82,7 @@ def assert_refused_or_the_same(data: bytes) -> None:
 
 
 @given(keep=st.integers(0, len(VALID) - 1))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_cut_off_file_is_refused(keep: int) -> None:
     result = opened(VALID[:keep])
     assert isinstance(result, RunFileError)
@@ -98,7 +98,7 @@ def test_a_cut_off_file_is_refused(keep: int) -> None:
         max_size=4,
     )
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_flipped_bytes_never_raise_anything_else_and_never_go_unseen(flips) -> None:
     data = bytearray(VALID)
     for position, mask in flips:
@@ -107,7 +107,7 @@ def test_flipped_bytes_never_raise_anything_else_and_never_go_unseen(flips) -> N
 
 
 @given(data=st.binary(max_size=300))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_refused(data: bytes) -> None:
     for junk in (data, VALID[:N_HEADER] + data, len(data).to_bytes(8, "little") + data):
         assert_refused_or_the_same(junk)
@@ -121,7 +121,7 @@ JSON_VALUES = st.recursive(
 
 
 @given(value=JSON_VALUES, choice=st.randoms(use_true_random=False))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_header_with_any_value_anywhere_is_refused_or_makes_a_usable_run(value, choice) -> None:
     """The checksum is right, so that the checks of the fields stand alone."""
     tensors = load(VALID)
@@ -147,7 +147,7 @@ def test_a_header_with_any_value_anywhere_is_refused_or_makes_a_usable_run(value
     fill=st.binary(min_size=8, max_size=8),
     at=st.integers(0, 10**6),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_tensors_with_any_value_are_refused_or_make_a_usable_run(name, fill, at) -> None:
     tensors = {key: array.copy() for key, array in load(VALID).items()}
     flat = tensors[name].reshape(-1)

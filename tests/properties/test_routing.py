@@ -11,8 +11,7 @@ from hypothesis.extra import numpy as npst
 from xlora_core.routing import effective_scalings, scalings_from_logits
 
 T, L, K = 3, 2, 4
-# Derandomised and without a deadline: a slow machine must not decide what is green.
-laws = settings(max_examples=60, deadline=None, derandomize=True)
+laws = settings(max_examples=60)
 
 
 def logits(
@@ -93,6 +92,8 @@ def test_raising_one_logit_raises_its_scaling_and_lowers_the_others(
 @laws
 @given(z=logits())
 def test_a_cold_router_picks_the_largest_and_a_hot_one_all_alike(z: torch.Tensor) -> None:
+    # Apart by an eighth or equal: a gap smaller than the temperature is no winner.
+    z = (z * 8).round() / 8
     largest = z == z.amax(-1, keepdim=True)
     for temperature in (1e-320, 1e-45, 1e-39):
         cold = scalings_from_logits(z, enable_softmax=True, temperature=temperature)
