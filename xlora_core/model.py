@@ -377,8 +377,8 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
             The base model's output; ``past_key_values`` is a ``DualCache``.
 
         Raises:
-            ModelError: For another kind of cache, one whose last call failed half way, or after
-                ``merge_and_unload``.
+            ModelError: For another kind of cache, one whose last call failed half way, caching
+                under gradient checkpointing in training, or after ``merge_and_unload``.
             ConfigError: If ``knobs.top_k`` is larger than the number of adapters.
         """
         if past_key_values is not None and not isinstance(past_key_values, DualCache):
@@ -391,6 +391,12 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         knobs = self.check_knobs(knobs or self.default_knobs)
         if use_cache is None:
             use_cache = not self.training and bool(self.base_model.config.use_cache)
+        if use_cache and self.training and self.base_model.is_activation_checkpointing:
+            # The layers would drop the cache, and the next token see none of the text before it.
+            raise ModelError(
+                "gradient checkpointing in training mode keeps no cache",
+                hint="call model.eval() before generating, or pass use_cache=False",
+            )
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
         inputs = kwargs | {

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny_models import families, tiny_prompt, tiny_xlora
+from xlora_core.errors import ModelError
 from xlora_core.model import XLoraModel
 
 FAMILIES = sorted(families())
@@ -229,9 +230,29 @@ def test_after_merging_another_model_on_the_same_base_still_learns(tmp_path: Pat
         torch.testing.assert_close(checkpointed[name], gradient, **NEAR)
 
 
-def test_checkpointing_does_not_stand_in_the_way_of_generation(tmp_path: Path) -> None:
-    model = tiny_xlora(tmp_path, dtype=torch.float64)
-    ids = tiny_prompt()
-    tokens = model.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+def test_a_merged_model_still_checkpoints(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path)
     enable(model, False)
-    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=4, do_sample=False), tokens)
+    path = model.lora_layer_names[0]
+    merged = model.merge_and_unload().train().requires_grad_(True)
+    calls: list[bool] = []
+    merged.get_submodule(path).register_forward_hook(lambda *_: calls.append(True))
+    ids = tiny_prompt()
+    merged(input_ids=ids, labels=ids).loss.backward()
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+def test_generation_and_checkpointing(tmp_path: Path) -> None:
+    """In training mode the layers drop the cache: a plain model then writes nonsense."""
+    model = tiny_xlora(tmp_path, dtype=torch.float64)
+    ids, greedy = tiny_prompt(), {"max_new_tokens": 4, "do_sample": False}
+    tokens = model.generate(input_ids=ids, **greedy)
+    enable(model, False)
+    assert torch.equal(model.generate(input_ids=ids, **greedy), tokens)
+    model.train()
+    with pytest.raises(ModelError) as caught:
+        model.generate(input_ids=ids, **greedy)
+    assert caught.value.message == "gradient checkpointing in training mode keeps no cache"
+    assert caught.value.hint == ("call model.eval() before generating, or pass use_cache=False")
+    assert torch.equal(model.generate(input_ids=ids, use_cache=False, **greedy), tokens)
