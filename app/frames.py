@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -99,7 +99,7 @@ def routing(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> Routing:
         # All modules share one row of scalings; it is absent only where no module has the adapter.
         first = int(np.argmax(present.sum(axis=1)))
         scalings, effective = scalings[:, :1], effective[:, first : first + 1]
-        present = present.any(axis=0, keepdims=True)
+        present = np.asarray(present.any(axis=0, keepdims=True), dtype=bool)
     cut = (effective == 0) & (scalings != 0) & present & (weight != 0)[:, None, None]
     return Routing(scalings, effective, cut, present, weight)
 
@@ -107,7 +107,7 @@ def routing(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> Routing:
 def tail(run: Run, arm: int, start: int) -> Run:
     """Returns a run of one arm only, without the arm's first ``start`` tokens."""
     track = run.tracks[arm]
-    cut = {name: array[start:] for name, array in track.arrays().items()}
+    cut: dict[str, Any] = {name: array[start:] for name, array in track.arrays().items()}
     left = max(0, track.n_prompt - start)
     return replace(run, tracks=[replace(track, pieces=track.pieces[start:], n_prompt=left, **cut)])
 
@@ -120,7 +120,8 @@ def mass_shares(scalings: FloatArray) -> FloatArray:
     """
     mass = np.abs(scalings).sum(axis=1, dtype=np.float64)
     total = mass.sum(axis=1, keepdims=True)
-    return np.divide(mass, total, out=np.zeros_like(mass), where=total > 0).astype(np.float32)
+    shares = np.divide(mass, total, out=np.zeros_like(mass), where=total > 0)
+    return np.asarray(shares, dtype=np.float32)
 
 
 def effective_number(scalings: FloatArray) -> FloatArray:
@@ -135,7 +136,7 @@ def effective_number(scalings: FloatArray) -> FloatArray:
     entropy = -(p * np.log(np.where(p > 0, p, 1.0))).sum(axis=2)
     alive = total[..., 0] > 0
     count = np.maximum(alive.sum(axis=1), 1)
-    return ((np.exp(entropy) * alive).sum(axis=1) / count).astype(np.float32)
+    return np.asarray((np.exp(entropy) * alive).sum(axis=1) / count, dtype=np.float32)
 
 
 def value_range(

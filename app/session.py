@@ -115,7 +115,8 @@ def keep(keys: Sequence[str]) -> None:
 
 def shows() -> list[Show]:
     """Returns the session's runs, newest first."""
-    return st.session_state.setdefault(_SHOWS, [])
+    entries: list[Show] = st.session_state.setdefault(_SHOWS, [])
+    return entries
 
 
 def current() -> Show | None:

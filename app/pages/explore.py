@@ -6,7 +6,7 @@ import time
 
 import streamlit as st
 
-from app import actions, engine_client, session
+from app import actions, engine_client, loading, session
 from app.components.heatmap import heatmap
 from app.components.heatmap.payload import message
 from app.panels import controls, downloads, header, messages, prompt, status
@@ -19,7 +19,7 @@ SEND_SECONDS = 0.03
 def render() -> None:
     """Draws the page."""
     try:
-        with st.spinner(messages.LOADING, show_time=True):
+        with loading.shown():
             client = engine_client.shared_client()
     except Exception as failure:  # whatever is wrong with a model, the page says it
         messages.load_failure(failure)

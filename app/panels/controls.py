@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import streamlit as st
 
 from app import actions, frames, session
@@ -40,7 +42,7 @@ def _knobs(client: EngineClient) -> None:
     )
     st.subheader("Routing", anchor=False)
     st.caption(_when(show))
-    turned = {"on_change": actions.turn_knobs, "args": (n_adapters, fallback)}
+    turned = partial(actions.turn_knobs, n_adapters, fallback)
     if n_adapters > 1:
         st.slider(
             f"Top-k: adapters kept of {n_adapters}",
@@ -49,7 +51,7 @@ def _knobs(client: EngineClient) -> None:
             key=session.knob_top_k(n_adapters),
             help="Per token and module only the k largest scalings are used. "
             f"{n_adapters} keeps all.",
-            **turned,
+            on_change=turned,
         )
     st.slider(
         "Softmax temperature",
@@ -62,7 +64,7 @@ def _knobs(client: EngineClient) -> None:
         help="Divides the router's logits: low sharpens the mixture, high levels it."
         if softmax
         else "Without effect: this model's router has no softmax.",
-        **turned,
+        on_change=turned,
     )
     st.slider(
         "Global weight",
@@ -72,7 +74,7 @@ def _knobs(client: EngineClient) -> None:
         format="%.2f",
         key=session.KNOB_WEIGHT,
         help="Factor on every scaling. 0 is the base model, 1 is as trained.",
-        **turned,
+        on_change=turned,
     )
 
 

@@ -1,4 +1,4 @@
-"""The page's head: what model this is."""
+"""What model this is."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from app.engine_client import ModelCard
 
 
 def draw(card: ModelCard) -> None:
-    """Draws the title and the model's facts."""
-    st.title("X-LoRA Explorer", anchor=False)
+    """Draws the model's facts."""
     experts = len(card.adapter_names)
     mixing = "one mixture per module" if card.config.layerwise_scalings else "one mixture for all"
     facts = [

@@ -11,10 +11,6 @@ from app.engine_client import EngineClient
 from xlora_core import Run
 from xlora_core.errors import XLoraError
 
-LOADING = (
-    "Loading the model. The first start ever converts its weights, which takes about a minute; "
-    "later starts take seconds."
-)
 EMPTY = (
     "**No run yet.** Take an example or type a prompt, then press *Generate*. The answer appears "
     "word by word, and under it how strongly each adapter acts in every module of the model."

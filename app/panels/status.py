@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from app import frames, session
+from app.panels.messages import plain
 from xlora_core import Run
 
 _ENDINGS = {
@@ -37,7 +38,9 @@ def line(show: session.Show, run: Run | None) -> str:
 def _finished(show: session.Show, run: Run | None) -> str:
     if run is None:
         return ":gray-badge[Stopped] before it started"
-    badge = ":gray-badge[From a file]" if show.source == "file" else ":green-badge[Finished]"
+    badge = ":green-badge[Finished]"
+    if show.source == "file":
+        badge = f":gray-badge[From a file] {plain(run.header.model_id)}:"
     track = run.tracks[0]
     written = len(track.token_ids) - track.n_prompt
     ending = _ENDINGS.get(track.finish_reason or "", "not finished")

@@ -80,7 +80,7 @@ function makeScale(name, range, nAdapters, theme) {
     const most = Math.log2(nAdapters * high);
     scale.position = (v) => (v <= 0 ? 0 : (Math.log2(v * nAdapters) / most + 1) / 2);
     scale.ticks = [1 / nAdapters / nAdapters / high, 1 / nAdapters, high];
-    scale.tickLabel = (v, i) => ["−" + trim(most), "0 = 1/K", "+" + trim(most)][i];
+    scale.tickLabel = (v, i) => ["≤ −" + trim(most), "0 = 1/K", "+" + trim(most)][i];
     scale.formula = `log₂(s · K), K = ${nAdapters}`;
   } else if (signed) {
     const bend = root ? Math.sqrt : (x) => x;

@@ -22,7 +22,7 @@ Range = tuple[float, float]
 def quantize(values: NDArray[np.float32], low: float, high: float) -> NDArray[np.uint8]:
     """Returns ``values`` as codes 0..255 over ``[low, high]``."""
     codes = np.rint((values - low) * (255.0 / (high - low)))
-    return np.clip(codes, 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(codes, 0, 255), dtype=np.uint8)
 
 
 class Planes:

