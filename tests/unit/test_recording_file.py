@@ -83,6 +83,15 @@ def test_saving_replaces_at_once_or_not_at_all(tmp_path, monkeypatch) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
+def test_who_reads_the_old_file_is_not_disturbed_by_a_new_one(tmp_path) -> None:
+    path = tmp_path / "run.safetensors"
+    make_run(seed=1).save(path)
+    before = path.read_bytes()
+    with path.open("rb") as reader:
+        make_run(seed=2).save(path)
+        assert reader.read() == before
+
+
 def test_a_saved_file_has_the_usual_permissions(tmp_path) -> None:
     plain = tmp_path / "plain"
     plain.touch()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import torch
 from tests.recorded_runs import make_header, record
 from xlora_core import Arm, RoutingKnobs
 from xlora_core.errors import ConfigError, RecordError
-from xlora_core.recording import RunRecorder, TrackRecorder
+from xlora_core.recording import RunRecorder, Track, TrackRecorder
 
 N_MODULES, N_ADAPTERS = 2, 3
 
@@ -247,6 +249,59 @@ def test_knobs_beyond_float32_become_the_nearest() -> None:
     assert track.global_weight.tolist() == [float(limits.max), float(limits.min)]
 
 
+class Meddled(list[str]):
+    """Pieces whose copying, or growing, is the moment at which another thread cuts in."""
+
+    def __init__(self, moment: str, meddle: Callable[[], object]) -> None:
+        super().__init__()
+        self.moment = moment
+        self.thread = threading.Thread(target=meddle)
+
+    def cut_in(self, moment: str) -> None:
+        if moment == self.moment:
+            self.thread.start()
+            # It has to wait for us; only a recorder that lets it in is done within the time.
+            self.thread.join(timeout=0.1)
+
+    def copy(self) -> list[str]:
+        self.cut_in("copy")
+        return list(self)
+
+    def append(self, piece: str) -> None:
+        super().append(piece)
+        self.cut_in("append")
+
+
+def test_a_writer_cannot_cut_into_a_snapshot() -> None:
+    recorder = routed_recorder()
+    recorder._pieces = pieces = Meddled("copy", lambda: recorder.append(2, "b", -1.0))
+    recorder.append_prompt([1], ["a"])
+    track = recorder.snapshot()
+    assert (track.n_tokens, track.pieces) == (1, ["a"])
+    pieces.thread.join()
+    assert list(pieces) == ["a", "b"]
+
+
+def test_a_snapshot_cannot_cut_into_a_writer() -> None:
+    recorder = routed_recorder()
+    seen: list[Track] = []
+    recorder._pieces = pieces = Meddled("append", lambda: seen.append(recorder.snapshot()))
+    recorder.append_prompt([1], ["a"])
+    recorder.append(2, "b", -1.0)
+    pieces.thread.join()
+    assert [(track.n_tokens, track.pieces) for track in seen] == [(2, ["a", "b"])]
+
+
+@pytest.fixture
+def eager_threads() -> Iterator[None]:
+    """Lets threads take turns after every few instructions instead of every 5 ms."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("eager_threads")
 def test_snapshots_beside_a_writing_thread_are_whole() -> None:
     """Every snapshot is a prefix of what is written, however the threads take turns."""
     n_tokens, n_prompt = 2000, 10

@@ -163,5 +163,5 @@ def _built(kind: type[_Settings], where: str, values: object) -> _Settings:
     assert isinstance(values, Mapping)
     try:
         return kind(**values)
-    except (XLoraError, OverflowError) as error:
+    except XLoraError as error:
         raise RunFileError(f"{where}: {error}") from error
