@@ -140,8 +140,9 @@ def test_checkpointing_changes_no_loss_and_no_gradient(
     enable(model, use_reentrant)
     calls = counted(model)
     checkpointed_loss, checkpointed = backward(model, ids)
-    # Scaling pass, main pass, and once more inside backward: it really recomputed.
+    # Scaling pass without a graph, main pass, and once more inside backward: it recomputed.
     assert len(calls) == 3
+    assert calls[0] is False
     assert checkpointed_loss == pytest.approx(loss, abs=1e-12)
     for name, gradient in gradients.items():
         torch.testing.assert_close(checkpointed[name], gradient, **NEAR)
