@@ -124,8 +124,21 @@ def current() -> Show | None:
     return st.session_state.get(_SHOW)
 
 
+def _let_go(leash: dict[str, RequestHandle]) -> None:
+    for handle in leash.values():
+        handle.cancel()
+
+
+@st.cache_resource(scope="session", on_release=_let_go, show_spinner=False)
+def _leash() -> dict[str, RequestHandle]:
+    """Returns what ends with the session: a closed tab must not keep the engine busy."""
+    return {}
+
+
 def show(entry: Show) -> None:
     """Puts a run on the screen and in the list of runs."""
+    if entry.handle:
+        _leash()["handle"] = entry.handle
     entries = shows()
     if entry not in entries:
         entries.insert(0, entry)

@@ -55,8 +55,7 @@ def _knobs(client: EngineClient) -> None:
         )
     st.slider(
         "Softmax temperature",
-        0.1,
-        5.0,
+        *_reach(0.1, 5.0, session.KNOB_TEMPERATURE),
         step=0.1,
         format="%.1f",
         key=session.KNOB_TEMPERATURE,
@@ -68,14 +67,20 @@ def _knobs(client: EngineClient) -> None:
     )
     st.slider(
         "Global weight",
-        0.0,
-        2.0,
+        *_reach(0.0, 2.0, session.KNOB_WEIGHT),
         step=0.05,
         format="%.2f",
         key=session.KNOB_WEIGHT,
         help="Factor on every scaling. 0 is the base model, 1 is as trained.",
         on_change=turned,
     )
+
+
+def _reach(low: float, high: float, key: str) -> tuple[float, float]:
+    """Returns a slider's ends, far enough for the value that a model or a run file brought."""
+    value = float(session.get(key))
+    session.keep([key])
+    return min(low, value), max(high, value)
 
 
 def _fallback(knobs: RoutingKnobs, config: XLoraConfig, n_shown: int, n_model: int) -> RoutingKnobs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 from streamlit.testing.v1 import AppTest
@@ -156,6 +157,23 @@ def test_knobs_before_a_run_are_its_start(open_app):
     at.slider(key=TOP_K).set_value(3).run()
     generate(at)
     assert set(shown(at).run.tracks[0].top_k) == {3}
+
+
+def test_knobs_outside_of_the_sliders_reach_are_shown_as_they_are(open_app):
+    at = generate(open_app())
+    run = shown(at).run
+    track = run.tracks[0]
+    hot = replace(track, temperature=track.temperature * 8, global_weight=track.global_weight * -1)
+    data = replace(run, tracks=[hot]).to_bytes()
+    at.file_uploader[0].set_value(("hot.safetensors", data, "")).run()
+    assert not at.exception
+    assert at.slider(key=session.KNOB_TEMPERATURE).value == 8.0
+    assert at.slider(key=session.KNOB_WEIGHT).value == -1.0
+    at.slider(key=session.KNOB_WEIGHT).set_value(0.5).run()
+    assert not at.exception
+    assert at.slider(key=session.KNOB_TEMPERATURE).value == 8.0
+    assert at.slider(key=session.KNOB_WEIGHT).value == 0.5
+    assert frame(at)[0]["knobs"] == [[0, "top-k all · temperature 8 · weight 0.5"]]
 
 
 def test_arms_are_chosen(open_app):

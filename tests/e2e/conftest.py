@@ -16,7 +16,9 @@ import pytest
 from tests.e2e.page import Page, wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+BROWSER = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
 HOW = (
     "chromium or chromedriver is missing; on Debian: apt-get install chromium chromium-driver, "

@@ -66,6 +66,16 @@ def test_two_browsers_with_different_knobs_get_their_own_results(fake_app, open_
         assert page.console_errors() == []
 
 
+def test_a_closed_tab_leaves_the_engine_to_others(fake_app, open_page):
+    gone, other = open_page(fake_app), open_page(fake_app)
+    gone.generate("slowly: salt")
+    gone.wait(lambda: gone.n_columns() > 0, "no heatmap")
+    other.generate("water")
+    other.wait(lambda: "1 request before yours" in other.text(), "the queue is not shown")
+    gone.driver.get("about:blank")
+    other.wait_until_finished()
+
+
 def test_a_knob_turned_while_it_runs_is_marked_on_the_time_axis(fake_app, open_page):
     page = open_page(fake_app)
     page.generate("salt")

@@ -85,7 +85,7 @@ class Texts {
     card.read = arm.pieces.length;
     const n = total - arm.n_prompt;
     card.element.classList.toggle("live", header.live && !arm.finish_reason);
-    card.facts.textContent = this.facts(arm, n);
+    card.facts.textContent = this.facts(arm, n, header);
     const difference = arm.first_difference;
     if (difference !== null && difference !== undefined) {
       card.spans.get(arm.n_prompt + difference)?.classList.add("differs");
@@ -93,13 +93,16 @@ class Texts {
     if (follow && header.live) card.body.scrollTop = card.body.scrollHeight;
   }
 
-  facts(arm, n) {
+  facts(arm, n, header) {
     const facts = [`${n} tokens`];
     if (arm.tokens_per_second) facts.push(`${arm.tokens_per_second.toFixed(1)} tokens/s`);
     if (arm.finish_reason) facts.push(FINISH[arm.finish_reason] ?? arm.finish_reason);
     if (arm.first_difference !== null && arm.first_difference !== undefined) {
       facts.push(`first difference at token ${arm.first_difference + 1}`);
     }
+    const routed = header.arms[header.routed_arm];
+    const compared = routed && routed !== arm && routed.finish_reason && arm.finish_reason;
+    if (compared && arm.first_difference === null) facts.push("same as routed");
     return facts.join(" · ");
   }
 

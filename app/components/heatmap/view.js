@@ -104,8 +104,12 @@ class View {
       const knobs = header.knobs[0]?.[1] ?? "";
       notes.push(make("span", "amber", `Re-routed from the recording with ${knobs}.`));
     }
-    if (!header.layerwise) {
+    if (!header.layerwise && header.routed_arm !== null) {
       const why = "The router writes one mixture for all modules (layerwise_scalings is off): one row.";
+      notes.push(make("span", "", why));
+    }
+    if (header.routed_arm === null) {
+      const why = "No arm of this run was routed: there are no scalings to draw.";
       notes.push(make("span", "", why));
     }
     const note = this.part("note");
