@@ -41,7 +41,7 @@ from xlora_core.adapters import (
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import AdapterError, CheckpointError, ConfigError
-from xlora_core.layers import adapted_paths
+from xlora_core.replacing import adapted_paths
 
 FORMAT = "xlora-explorer"
 VERSION = 1

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xlora_core.errors import ConfigError
-from xlora_core.layers import XLoraLinear, merged_layer, set_submodule
+from xlora_core.layers import XLoraLinear, merged_layer
 
 MergeWeights = Mapping[str, float] | Sequence[float] | Sequence[Sequence[float]] | Tensor | None
 
@@ -62,4 +62,4 @@ def merge_layers(model: nn.Module, layers: Mapping[str, XLoraLinear], weights: T
         weights: ``[L, K]``.
     """
     for (path, layer), row in zip(layers.items(), weights, strict=True):
-        set_submodule(model, path, merged_layer(layer.base_layer, layer.delta_weight(row)))
+        model.set_submodule(path, merged_layer(layer.base_layer, layer.delta_weight(row)))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
 from xlora_core import merge, routing
@@ -24,47 +22,17 @@ from xlora_core.checkpoint import (
 )
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs, XLoraConfig
-from xlora_core.controls import XLoraControls
 from xlora_core.errors import AdapterError, ConfigError, ModelError
 from xlora_core.generation import XLoraGeneration
+from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
 from xlora_core.kv_cache import DualCache
-from xlora_core.layers import (
-    ActiveScalings,
-    XLoraLinear,
-    carry_scalings_into_checkpoints,
-    replace_adapted_modules,
-)
+from xlora_core.layers import ActiveScalings, XLoraLinear
+from xlora_core.passes import XLoraPasses
+from xlora_core.replacing import replace_adapted_modules
 from xlora_core.scalings_log import LogEntry, ScalingsLog
 
-# Arguments of a causal language model's forward that its backbone has no use for.
-_HEAD_ARGUMENTS = frozenset(
-    {
-        "labels",
-        "logits_to_keep",
-        "num_items_in_batch",
-        "output_attentions",
-        "output_hidden_states",
-        "return_dict",
-    }
-)
 
-
-@dataclass(frozen=True, kw_only=True)
-class ScalingPassOutput:
-    """What the scaling pass yields.
-
-    Attributes:
-        router_logits: ``[B, T, L, K]``, or ``[B, T, 1, K]`` when one set serves all modules;
-            float32 (float64 under a float64 model).
-        lm_logits: ``[B, 1, V]``, the base model's logits after the last token; None if they
-            were not asked for.
-    """
-
-    router_logits: Tensor
-    lm_logits: Tensor | None = None
-
-
-class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
+class XLoraModel(XLoraGeneration, XLoraPasses):
     """A frozen language model, K LoRA experts on it, and the classifier that mixes them.
 
     ``forward`` runs two passes: the scaling pass (adapters at ``scaling_pass_value``) gives the
@@ -234,114 +202,7 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         """
         return knobs.check(len(self.adapter_names))
 
-    # ---------------------------------------------------------------- the two passes
-
-    def new_cache(self) -> DualCache:
-        """Returns empty KV caches for both passes."""
-        return DualCache(self.base_model.config)
-
-    @torch.no_grad()
-    def scaling_pass(
-        self, *, knobs: RoutingKnobs | None = None, with_lm_logits: bool = False, **inputs: Any
-    ) -> ScalingPassOutput:
-        """Runs the scaling pass and the classifier, without gradient.
-
-        Args:
-            knobs: Matter only for a non-zero ``scaling_pass_value``: PEFT applies top-k and
-                global weight to that constant, too.
-            with_lm_logits: Also return the language model's logits of the last token. They are
-                the base model's when ``scaling_pass_value`` is 0.
-            inputs: ``input_ids`` ``[B, T]`` or ``inputs_embeds``, ``attention_mask``,
-                ``position_ids``, ``past_key_values`` (one cache, ``cache.scaling``).
-        """
-        hidden, lm_logits = self._scaling_hidden(knobs, inputs, with_lm_logits)
-        return ScalingPassOutput(router_logits=self.classifier(hidden), lm_logits=lm_logits)
-
-    @torch.no_grad()
-    def _scaling_hidden(
-        self, knobs: RoutingKnobs | None, inputs: dict[str, Any], with_lm_logits: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        self._check_not_merged()
-        inputs = {k: v for k, v in inputs.items() if v is not None and k not in _HEAD_ARGUMENTS}
-        inputs["return_dict"] = True
-        backbone = self.base_model.base_model
-        with self.active_scalings.hold(self._constant_scalings(knobs)):
-            if not with_lm_logits and backbone is not self.base_model:
-                hidden = backbone(**_accepted(backbone, inputs)).last_hidden_state
-                return hidden, None
-            output = self.base_model(
-                **_accepted(self.base_model, inputs | {"logits_to_keep": 1}),
-                output_hidden_states=True,
-            )
-            return output.hidden_states[-1], output.logits[:, -1:] if with_lm_logits else None
-
-    def _constant_scalings(self, knobs: RoutingKnobs | None) -> Tensor | None:
-        value = self._config_xlora.scaling_pass_value
-        if value == 0:
-            return None
-        knobs = knobs or self.default_knobs
-        constant = torch.full(
-            (1, 1, 1, len(self.adapter_names)),
-            value,
-            dtype=self.classifier.dtype,
-            device=self.base_model.device,
-        )
-        return routing.effective_scalings(
-            constant,
-            top_k=knobs.top_k,
-            enable_softmax_topk=self._config_xlora.enable_softmax_topk,
-            global_weight=knobs.global_weight,
-        )
-
-    def route(self, router_logits: Tensor, knobs: RoutingKnobs | None = None) -> Tensor:
-        """Returns the effective scalings ``[B, T, L or 1, K]`` of router logits."""
-        return routing.route(router_logits, self._config_xlora, knobs or self.default_knobs)
-
-    def main_pass(self, *, scalings: Tensor | None, **inputs: Any) -> Any:
-        """Runs the base model with given effective scalings.
-
-        Args:
-            scalings: ``[B, T, L, K]``, where B, T and L may be 1 to serve all; or ``[K]`` or
-                ``[L, K]`` for all tokens; None runs the base model without adapters.
-            inputs: Arguments of the base model's forward; ``past_key_values`` is one cache,
-                ``cache.main``.
-
-        Returns:
-            The base model's output.
-
-        Raises:
-            ModelError: If the scalings' shape does not fit, or after ``merge_and_unload``.
-        """
-        self._check_not_merged()
-        inputs = {k: v for k, v in inputs.items() if v is not None} | {"return_dict": True}
-        if scalings is not None:
-            scalings = self._of_tokens(scalings, inputs)
-        if self.training and self.base_model.is_activation_checkpointing:
-            carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
-        # An adapted head must see the tokens that the scalings are for; it is cut afterwards.
-        kept = inputs.pop("logits_to_keep", 0) if self._head_is_adapted else 0
-        with self.active_scalings.hold(scalings):
-            output = self.base_model(**_accepted(self.base_model, inputs))
-        if self._head_is_adapted:
-            kept = kept if isinstance(kept, Tensor) else slice(-kept, None)
-            output.logits = output.logits[:, kept]
-        return output
-
-    def _of_tokens(self, scalings: Tensor, inputs: Mapping[str, Any]) -> Tensor:
-        """Returns scalings as ``[B, T, L or 1, K]``, or ``[1, 1, L or 1, K]`` for all tokens."""
-        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        expected = (*tokens.shape[:2], len(self._layers), len(self.adapter_names))
-        found = tuple(scalings.shape)
-        if len(found) in (1, 2):
-            scalings = scalings.reshape(1, 1, -1, found[-1])
-        fits = scalings.ndim == 4 and all(
-            size in (1, wanted)
-            for size, wanted in zip(scalings.shape[:3], expected[:3], strict=True)
-        )
-        if not fits or found[-1] != expected[-1]:
-            raise ModelError(f"scalings have shape {list(found)}, expected {list(expected)}")
-        of_all_tokens = scalings.shape[:2].numel() == 1
-        return scalings if of_all_tokens else scalings.expand(*expected[:2], -1, -1)
+    # ---------------------------------------------------------------- both passes
 
     def forward(
         self,
@@ -460,13 +321,6 @@ class XLoraModel(XLoraControls, XLoraGeneration, nn.Module):
         merged: PreTrainedModel = self.base_model
         return merged
 
-    def _check_not_merged(self) -> None:
-        if self._merged:
-            raise ModelError(
-                "this XLoraModel was merged into its base model and has no experts any more",
-                hint="use the model that merge_and_unload returned, or load a fresh one",
-            )
-
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turns gradient checkpointing on; unlike in PEFT, the classifier still learns."""
         self.base_model.activation_checkpointing_enable(*args, **kwargs)
@@ -489,15 +343,3 @@ def _with_hidden_size(config: XLoraConfig, base_model: PreTrainedModel) -> XLora
             hint="leave hidden_size out to take it from the model",
         )
     return config
-
-
-def _accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns the inputs that a module's forward takes; ``generate`` offers more than some do."""
-    parameters = _parameters(type(module).forward)
-    optional = ("position_ids", "logits_to_keep", "token_type_ids", "use_cache")
-    return {k: v for k, v in inputs.items() if k in parameters or k not in optional}
-
-
-@functools.cache
-def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
-    return frozenset(inspect.signature(forward).parameters)

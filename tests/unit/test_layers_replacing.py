@@ -12,12 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from tests.tiny_models import tiny_base
 from xlora_core.adapters import LoraAdapter, LoraWeights
 from xlora_core.errors import AdapterError
-from xlora_core.layers import (
-    ActiveScalings,
-    linear_features,
-    merged_layer,
-    replace_adapted_modules,
-)
+from xlora_core.layers import ActiveScalings, linear_features, merged_layer
+from xlora_core.replacing import replace_adapted_modules
 
 FIRST, LAST = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
 

@@ -1,0 +1,189 @@
+"""The two passes and the routing between them, each a call of its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xlora_core import routing
+from xlora_core.classifier import XLoraClassifier
+from xlora_core.config import RoutingKnobs
+from xlora_core.controls import XLoraControls
+from xlora_core.errors import ModelError
+from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
+from xlora_core.kv_cache import DualCache
+from xlora_core.layers import ActiveScalings, XLoraLinear
+
+# Arguments of a causal language model's forward that its backbone has no use for.
+_HEAD_ARGUMENTS = frozenset(
+    {
+        "labels",
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScalingPassOutput:
+    """What the scaling pass yields.
+
+    Attributes:
+        router_logits: ``[B, T, L, K]``, or ``[B, T, 1, K]`` when one set serves all modules;
+            float32 (float64 under a float64 model).
+        lm_logits: ``[B, 1, V]``, the base model's logits after the last token; None if they
+            were not asked for.
+    """
+
+    router_logits: Tensor
+    lm_logits: Tensor | None = None
+
+
+class XLoraPasses(XLoraControls, nn.Module):
+    """Scaling pass, routing and main pass of ``XLoraModel``, which sets the attributes.
+
+    Re-entrant: nothing of a call stays here, so several threads may call at once.
+    """
+
+    # Any: what transformers declares on its models hides their methods from a type checker.
+    base_model: Any
+    classifier: XLoraClassifier
+    active_scalings: ActiveScalings
+    _layers: dict[str, XLoraLinear]
+    _head_is_adapted: bool
+    _merged: bool
+
+    def new_cache(self) -> DualCache:
+        """Returns empty KV caches for both passes."""
+        return DualCache(self.base_model.config)
+
+    @torch.no_grad()
+    def scaling_pass(
+        self, *, knobs: RoutingKnobs | None = None, with_lm_logits: bool = False, **inputs: Any
+    ) -> ScalingPassOutput:
+        """Runs the scaling pass and the classifier, without gradient.
+
+        Args:
+            knobs: Matter only for a non-zero ``scaling_pass_value``: PEFT applies top-k and
+                global weight to that constant, too.
+            with_lm_logits: Also return the language model's logits of the last token. They are
+                the base model's when ``scaling_pass_value`` is 0.
+            inputs: ``input_ids`` ``[B, T]`` or ``inputs_embeds``, ``attention_mask``,
+                ``position_ids``, ``past_key_values`` (one cache, ``cache.scaling``).
+        """
+        hidden, lm_logits = self._scaling_hidden(knobs, inputs, with_lm_logits)
+        return ScalingPassOutput(router_logits=self.classifier(hidden), lm_logits=lm_logits)
+
+    @torch.no_grad()
+    def _scaling_hidden(
+        self, knobs: RoutingKnobs | None, inputs: dict[str, Any], with_lm_logits: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        self._check_not_merged()
+        inputs = {k: v for k, v in inputs.items() if v is not None and k not in _HEAD_ARGUMENTS}
+        inputs["return_dict"] = True
+        backbone = self.base_model.base_model
+        with self.active_scalings.hold(self._constant_scalings(knobs)):
+            if not with_lm_logits and backbone is not self.base_model:
+                hidden = backbone(**_accepted(backbone, inputs)).last_hidden_state
+                return hidden, None
+            output = self.base_model(
+                **_accepted(self.base_model, inputs | {"logits_to_keep": 1}),
+                output_hidden_states=True,
+            )
+            return output.hidden_states[-1], output.logits[:, -1:] if with_lm_logits else None
+
+    def _constant_scalings(self, knobs: RoutingKnobs | None) -> Tensor | None:
+        value = self._config_xlora.scaling_pass_value
+        if value == 0:
+            return None
+        knobs = knobs or self.default_knobs
+        constant = torch.full(
+            (1, 1, 1, len(self.adapter_names)),
+            value,
+            dtype=self.classifier.dtype,
+            device=self.base_model.device,
+        )
+        return routing.effective_scalings(
+            constant,
+            top_k=knobs.top_k,
+            enable_softmax_topk=self._config_xlora.enable_softmax_topk,
+            global_weight=knobs.global_weight,
+        )
+
+    def route(self, router_logits: Tensor, knobs: RoutingKnobs | None = None) -> Tensor:
+        """Returns the effective scalings ``[B, T, L or 1, K]`` of router logits."""
+        return routing.route(router_logits, self._config_xlora, knobs or self.default_knobs)
+
+    def main_pass(self, *, scalings: Tensor | None, **inputs: Any) -> Any:
+        """Runs the base model with given effective scalings.
+
+        Args:
+            scalings: ``[B, T, L, K]``, where B, T and L may be 1 to serve all; or ``[K]`` or
+                ``[L, K]`` for all tokens; None runs the base model without adapters.
+            inputs: Arguments of the base model's forward; ``past_key_values`` is one cache,
+                ``cache.main``.
+
+        Returns:
+            The base model's output.
+
+        Raises:
+            ModelError: If the scalings' shape does not fit, or after ``merge_and_unload``.
+        """
+        self._check_not_merged()
+        inputs = {k: v for k, v in inputs.items() if v is not None} | {"return_dict": True}
+        if scalings is not None:
+            scalings = self._of_tokens(scalings, inputs)
+        if self.training and self.base_model.is_activation_checkpointing:
+            carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
+        # An adapted head must see the tokens that the scalings are for; it is cut afterwards.
+        kept = inputs.pop("logits_to_keep", 0) if self._head_is_adapted else 0
+        with self.active_scalings.hold(scalings):
+            output = self.base_model(**_accepted(self.base_model, inputs))
+        if self._head_is_adapted:
+            kept = kept if isinstance(kept, Tensor) else slice(-kept, None)
+            output.logits = output.logits[:, kept]
+        return output
+
+    def _of_tokens(self, scalings: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+        """Returns scalings as ``[B, T, L or 1, K]``, or ``[1, 1, L or 1, K]`` for all tokens."""
+        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
+        expected = (*tokens.shape[:2], len(self._layers), len(self.adapter_names))
+        found = tuple(scalings.shape)
+        if len(found) in (1, 2):
+            scalings = scalings.reshape(1, 1, -1, found[-1])
+        fits = scalings.ndim == 4 and all(
+            size in (1, wanted)
+            for size, wanted in zip(scalings.shape[:3], expected[:3], strict=True)
+        )
+        if not fits or found[-1] != expected[-1]:
+            raise ModelError(f"scalings have shape {list(found)}, expected {list(expected)}")
+        of_all_tokens = scalings.shape[:2].numel() == 1
+        return scalings if of_all_tokens else scalings.expand(*expected[:2], -1, -1)
+
+    def _check_not_merged(self) -> None:
+        if self._merged:
+            raise ModelError(
+                "this XLoraModel was merged into its base model and has no experts any more",
+                hint="use the model that merge_and_unload returned, or load a fresh one",
+            )
+
+
+def _accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Returns the inputs that a module's forward takes; ``generate`` offers more than some do."""
+    parameters = _parameters(type(module).forward)
+    optional = ("position_ids", "logits_to_keep", "token_type_ids", "use_cache")
+    return {k: v for k, v in inputs.items() if k in parameters or k not in optional}
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(forward).parameters)
