@@ -162,13 +162,19 @@ def turn_knobs(n_adapters: int, fallback: RoutingKnobs) -> None:
         session.set_error(failure)
 
 
-def back_to_recorded(n_adapters: int) -> None:
-    """Draws the finished run as it was recorded, and moves the sliders to its last knobs."""
+def back_to_recorded() -> None:
+    """Draws the finished run as it was recorded."""
     session.set_rerouted(False)
     shown = session.current()
-    knobs = last_knobs(shown.run) if shown and shown.run else None
+    if shown and shown.run:
+        _follow(shown.run)
+
+
+def _follow(run: Run) -> None:
+    """Moves the sliders to the last knobs of a run."""
+    knobs = last_knobs(run)
     if knobs:
-        knobs_to_widgets(knobs, n_adapters)
+        knobs_to_widgets(knobs, len(run.header.adapter_names))
 
 
 def last_knobs(run: Run) -> RoutingKnobs | None:
@@ -177,8 +183,8 @@ def last_knobs(run: Run) -> RoutingKnobs | None:
         if track.arm.kind == "routed" and len(track.top_k):
             return RoutingKnobs(
                 top_k=int(track.top_k[-1]) or None,
-                temperature=float(track.temperature[-1]),
-                global_weight=float(track.global_weight[-1]),
+                temperature=round(float(track.temperature[-1]), 6),
+                global_weight=round(float(track.global_weight[-1]), 6),
             )
     return None
 
@@ -194,13 +200,14 @@ def open_run(key: str) -> None:
         session.set_error(failure)
     else:
         session.show(session.Show(f"{upload.name} (file)", "file", run=run))
-        knobs = last_knobs(run)
-        if knobs:
-            knobs_to_widgets(knobs, len(run.header.adapter_names))
+        _follow(run)
     session.forget_file()
 
 
 def choose_shown(titles: list[str]) -> None:
     """Puts another run of this session on the screen."""
     index = titles.index(session.get(session.SHOWN))
-    session.show(session.shows()[index])
+    chosen = session.shows()[index]
+    session.show(chosen)
+    if chosen.run:
+        _follow(chosen.run)

@@ -32,6 +32,8 @@ def _knobs(client: EngineClient) -> None:
     recorded = run.header if run else None
     n_adapters = len(recorded.adapter_names) if recorded else len(card.adapter_names)
     softmax = recorded.enable_softmax if recorded else card.config.enable_softmax
+    # The model's own slider, too, while a run with another number of adapters is on the screen.
+    session.keep([session.knob_top_k(len(card.adapter_names))])
     fallback = _fallback(card.knobs, card.config, n_adapters, len(card.adapter_names))
     session.defaults(
         {

@@ -56,7 +56,6 @@ def plain(text: str) -> str:
 
 def rerouted(client: EngineClient, run: Run) -> None:
     """Says that the picture shows other knobs than the text was written under."""
-    n_adapters = len(run.header.adapter_names)
     same_model = tuple(run.header.adapter_names) == client.card.adapter_names
     text = REROUTED + (PARTLY if run.header.scaling_pass_value else "")
     with st.container(horizontal=True, vertical_alignment="center"):
@@ -73,5 +72,4 @@ def rerouted(client: EngineClient, run: Run) -> None:
             "Back to recorded",
             icon=":material/undo:",
             on_click=actions.back_to_recorded,
-            args=(n_adapters,),
         )

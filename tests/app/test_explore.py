@@ -286,13 +286,19 @@ def test_a_run_file_opens_and_reroutes(open_app):
 
 
 def test_earlier_runs_come_back(open_app):
-    at = generate(generate(open_app(), "first"), "second")
+    at = open_app()
+    at.slider(key=session.KNOB_TEMPERATURE).set_value(0.7).run()
+    generate(at, "first")
+    at.slider(key=session.KNOB_TEMPERATURE).set_value(2.0).run()
+    generate(at, "second")
     newest = shown(at)
     box = at.selectbox(key=session.SHOWN)
     assert [option.split(". ")[1] for option in box.options] == ["second", "first"]
     box.set_value(box.options[1]).run()
     assert shown(at) is not newest
     assert shown(at).title == "first"
+    assert at.slider(key=session.KNOB_TEMPERATURE).value == 0.7
+    assert not at.warning
 
 
 def test_an_unchanged_run_is_not_packed_again(open_app, monkeypatch):

@@ -116,12 +116,14 @@ class Texts {
         // Lines under spaces alone would look like blanks to fill in.
         const drawn = on && t < routing.nTokens && span.textContent.trim() !== "";
         const k = drawn ? routing.leader(t, effective) : -1;
-        if (k < 0) {
-          span.style.removeProperty("--tint");
-          continue;
+        let tint = "transparent";
+        if (k >= 0) {
+          const lead = (routing.shares(t, effective)[k] - uniform) / (1 - uniform || 1);
+          tint = rgba(theme.adapters[k], (0.25 + 0.75 * Math.min(1, lead)).toFixed(2));
         }
-        const lead = (routing.shares(t, effective)[k] - uniform) / (1 - uniform || 1);
-        span.style.setProperty("--tint", rgba(theme.adapters[k], 0.25 + 0.75 * Math.min(1, lead)));
+        if (span.tint === tint) continue;
+        span.tint = tint;
+        span.style.setProperty("--tint", tint);
       }
     }
   }

@@ -144,6 +144,8 @@ class View {
 
   setHover(cell) {
     this.hover = cell;
+    // Only here: a text that scrolled with every message would fight its reader.
+    if (cell) this.texts.reveal(cell.t, this.routing.header.routed_arm);
     this.showMark();
   }
 
@@ -174,7 +176,6 @@ class View {
       this.tooltip.hide();
       return;
     }
-    this.texts.reveal(cell.t, this.routing.header.routed_arm);
     const nodes = this.describe(cell);
     if (nodes) this.tooltip.show(nodes, this.plot.box(cell), cell === this.pin);
   }
