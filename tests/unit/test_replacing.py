@@ -15,7 +15,7 @@ from xlora_core.errors import AdapterError
 from xlora_core.layers import ActiveScalings, linear_features, merged_layer
 from xlora_core.replacing import replace_adapted_modules
 
-FIRST, LAST = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+FIRST, LAST = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
 
 
 def adapter(name: str, modules: Mapping[str, tuple[int, int]]) -> LoraAdapter:
