@@ -242,7 +242,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
         slug = re.sub(r"[^A-Za-z0-9_-]+", "-", adapter.name)[:40]
         path = Path("adapters") / f"{index:02d}-{slug}"
         write_adapter(folder / path, adapter)
-        digest = _sha256(folder / path / WEIGHTS_FILE)
+        digest = _expert_hash(folder / path)
         entries.append({"name": adapter.name, "path": path.as_posix(), "sha256": digest})
     fields = checkpoint.config.to_dict()
     del fields["adapters"]
@@ -329,15 +329,21 @@ def _read_classifier(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_hash(folder: Path, name: str, path: Path, expected: object) -> None:
-    weights = path / WEIGHTS_FILE
-    if weights.is_file() and _sha256(weights) != expected:
+    if not (path / WEIGHTS_FILE).is_file() or not (path / CONFIG_FILE).is_file():
+        return  # reading the adapter says which file is missing
+    if _expert_hash(path) != expected:
         raise CheckpointError(
             f"{folder}: adapter {name!r} is not the one this classifier was trained with "
-            f"({WEIGHTS_FILE} has another sha256 than {HEADER_FILE} says)",
+            f"({WEIGHTS_FILE} or {CONFIG_FILE} has another sha256 than {HEADER_FILE} says)",
             hint="restore the file, or pass adapters={name: folder} to use another one on purpose",
         )
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _expert_hash(folder: Path) -> str:
+    """Returns the sha256 of an expert: its weights, and its settings, which scale them."""
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    settings = (folder / CONFIG_FILE).read_bytes()
+    # Line ends may change on the way through version control; what they say may not.
+    digest.update(b"\n".join(settings.split()))
+    return digest.hexdigest()

@@ -212,19 +212,36 @@ def test_another_adapter_with_other_targets_does_not_fit_the_classifier(
     assert "fit 15 modules of this model in another order or number than the 14" in error.message
 
 
-def test_an_exchanged_expert(saved: Path) -> None:
-    folder = expert_folder(saved, 2)
-    tensors = load_file(folder / "adapter_model.safetensors")
+def exchange_weights(expert: Path) -> None:
+    tensors = load_file(expert / "adapter_model.safetensors")
     next(iter(tensors.values()))[0, 0] += 1
-    save_file(tensors, folder / "adapter_model.safetensors")
+    save_file(tensors, expert / "adapter_model.safetensors")
+
+
+def exchange_alpha(expert: Path) -> None:
+    path = expert / "adapter_config.json"
+    path.write_text(path.read_text().replace('"lora_alpha": 8', '"lora_alpha": 80'))
+
+
+@pytest.mark.parametrize("exchange", [exchange_weights, exchange_alpha])
+def test_an_exchanged_expert(saved: Path, exchange: Callable[[Path], None]) -> None:
+    folder = expert_folder(saved, 2)
+    exchange(folder)
     error = refusal(saved)
     assert error.message == (
         f"{saved}: adapter '2' is not the one this classifier was trained with "
-        f"(adapter_model.safetensors has another sha256 than {HEADER_FILE} says)"
+        f"(adapter_model.safetensors or adapter_config.json has another sha256 than "
+        f"{HEADER_FILE} says)"
     )
     assert "adapters={name: folder}" in error.hint
     # On purpose it may be used.
     XLoraModel.from_pretrained(tiny_base(), saved, adapters={"2": folder})
+
+
+def test_other_line_ends_in_a_config_are_no_other_expert(saved: Path) -> None:
+    path = expert_folder(saved) / "adapter_config.json"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    XLoraModel.from_pretrained(tiny_base(), saved)
 
 
 def test_a_missing_expert(saved: Path) -> None:
