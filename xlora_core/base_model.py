@@ -44,7 +44,7 @@ def load_base_folder(
     """
     place = _device(device)
     weights_dtype = _dtype(dtype, place)
-    folder = _local_folder(folder)
+    folder = local_folder(folder)
     _check_folder(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -97,7 +97,7 @@ def _dtype(dtype: str | torch.dtype | None, place: torch.device) -> str | torch.
     return DTYPES[dtype]
 
 
-def _local_folder(name: str | Path) -> Path:
+def local_folder(name: str | Path) -> Path:
     """Returns an existing folder: the given one, or the cached snapshot of a hub name."""
     folder = Path(name).expanduser()
     if folder.is_dir():

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from xlora_core.base_model import load_base_folder
+from xlora_core.base_model import load_base_folder, local_folder
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import CheckpointError, ConfigError
 from xlora_core.model import XLoraModel
@@ -64,6 +64,7 @@ def load_model(
     if base == DEMO and checkpoint is None and not adapters:
         checkpoint = _demo_checkpoint()
     if checkpoint is None and not adapters:
+        local_folder(base)  # that it does not exist is the nearer fault
         raise ConfigError(
             f"{base} is only a base model: X-LoRA needs experts to mix",
             hint="give checkpoint=<X-LoRA folder> or adapters={name: <LoRA folder>}",

@@ -329,6 +329,12 @@ def test_load_model_needs_something_to_mix(base_folder: Path) -> None:
     assert "adapters=" in caught.value.hint
 
 
+def test_load_model_names_a_missing_base_folder_first(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        demo.load_model(tmp_path / "nowhere")
+    assert caught.value.message == f"there is no base model folder {tmp_path / 'nowhere'}"
+
+
 def test_an_adapter_of_another_model_is_refused(base_folder: Path, tmp_path: Path) -> None:
     other = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8)})
     folder = write_lora(tmp_path / "other", other, ["q_proj"])
