@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from tests.tiny_models import tiny_base, tiny_xlora, write_experts
 from tests.unit.test_training_data import letter_tokenizer, row
-from xlora_core.errors import ConfigError
+from xlora_core.errors import CheckpointError, ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.training import recipes
 from xlora_core.training.__main__ import main, public_command
@@ -127,12 +127,22 @@ def test_a_cut_off_run_goes_on_where_it_was(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "cut", "step 5/6")
-    assert (tmp_path / "cut" / "checkpoint.pt").is_file()
+    assert (tmp_path / "cut" / "checkpoint.safetensors").is_file()
     resumed, whole = train(tmp_path / "cut", None), train(tmp_path / "whole", None)
     logs = [json.loads((tmp_path / n / "training.json").read_text()) for n in ("cut", "whole")]
     assert logs[0]["train_loss"] == logs[1]["train_loss"]
     for a, b in zip(resumed.classifier.parameters(), whole.classifier.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_damaged_training_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(b"not a checkpoint")
+    model = fresh_model(tiny_base(), write_experts(tmp_path / "experts"), ROUTER)
+    with pytest.raises(CheckpointError, match="is not a readable training checkpoint") as caught:
+        train_router(model, PAD, examples(), examples(4), tmp_path, ROUTER)
+    assert str(path) in caught.value.message
+    assert caught.value.hint == "delete it to train from the start"
 
 
 def test_expert_training_lowers_the_loss_and_writes_a_readable_adapter(tmp_path: Path) -> None:
@@ -238,7 +248,7 @@ def test_the_sample_leaves_out_what_has_no_licence(tmp_path: Path) -> None:
 
 
 def test_the_recorded_command_has_no_folders_of_this_machine() -> None:
-    command = public_command(["router", "--adapters", "math=/tmp/x/math", "--data", "../rows"])
+    command = public_command(["router", "--adapters", "math=/data/x/math", "--data", "../rows"])
     assert command == "python -m xlora_core.training router --adapters math=math --data rows"
 
 

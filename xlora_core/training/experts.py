@@ -69,7 +69,7 @@ def train_expert(
 ) -> TrainingLog:
     """Trains one LoRA expert on a base model and writes it in PEFT's format.
 
-    Goes on from ``out/checkpoint.pt`` when a run with the same settings was cut off there.
+    Goes on from ``out/checkpoint.safetensors`` when a run with the same settings was cut off there.
 
     Args:
         base: The base causal language model. Its weights do not change, but it is cast to

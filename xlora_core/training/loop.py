@@ -16,11 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from xlora_core.errors import CheckpointError
 from xlora_core.training.data import Batch
 
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.safetensors"
+_NOTES = "training"  # key of the JSON in the checkpoint's metadata
 Report = Callable[[str], None]  # gets a line of progress
 _FLOOR = 0.05  # the cosine ends at this share of the peak
 
@@ -106,7 +110,7 @@ def optimise(
 ) -> dict[str, Tensor]:
     """Trains parameters in place.
 
-    Goes on from ``out/checkpoint.pt`` when a run with the same settings was cut off there.
+    Goes on from ``out/checkpoint.safetensors`` when a run with the same settings was cut off there.
 
     Args:
         live: Name -> the parameter that the forward pass uses, of any floating dtype.
@@ -171,14 +175,11 @@ def _save(
 ) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
-    state = {
-        "step": step,
-        "settings": asdict(settings),
-        "masters": dict(masters),
-        "optimizer": optimizer.state_dict(),
-        "log": asdict(log),
-    }
-    torch.save(state, partial)
+    tensors = {f"master.{name}": master.detach() for name, master in masters.items()}
+    for index, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{kind}": value for kind, value in moments.items()}
+    notes = {"step": step, "settings": asdict(settings), "log": asdict(log)}
+    save_file(tensors, partial, metadata={_NOTES: json.dumps(notes)})
     partial.replace(path)
 
 
@@ -192,13 +193,27 @@ def _resume(
     """Restores a cut-off run of the same settings; returns the number of steps done."""
     if not path.is_file():
         return 0
-    state = torch.load(path, weights_only=True)
-    if state["settings"] != asdict(settings):
+    try:
+        with safe_open(path, framework="pt") as file:
+            notes = json.loads(file.metadata()[_NOTES])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # no mapping
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} is not a readable training checkpoint: {error}",
+            hint="delete it to train from the start",
+        ) from error
+    if notes["settings"] != asdict(settings):
         return 0
+    moments: dict[int, dict[str, Tensor]] = {}
     with torch.no_grad():
         for name, master in masters.items():
-            master.copy_(state["masters"][name])
-    optimizer.load_state_dict(state["optimizer"])
-    log.train_loss, log.heldout_loss = state["log"]["train_loss"], state["log"]["heldout_loss"]
-    log.seconds = state["log"]["seconds"]
-    return int(state["step"])
+            master.copy_(tensors[f"master.{name}"])
+    for key, tensor in tensors.items():
+        if key.startswith("optimizer."):
+            _, index, kind = key.split(".")
+            moments.setdefault(int(index), {})[kind] = tensor
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    log.train_loss, log.heldout_loss = notes["log"]["train_loss"], notes["log"]["heldout_loss"]
+    log.seconds = notes["log"]["seconds"]
+    return int(notes["step"])

@@ -91,7 +91,7 @@ def train_router(
 ) -> TrainingLog:
     """Trains a model's classifier, and its experts if they are trainable.
 
-    Goes on from ``out/checkpoint.pt`` when a run with the same settings was cut off there.
+    Goes on from ``out/checkpoint.safetensors`` when a run with the same settings was cut off there.
 
     Args:
         model: The model; trained in place, left in evaluation mode.
