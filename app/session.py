@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -38,6 +37,7 @@ _ERROR = "error"
 _REROUTED = "rerouted"
 _FRAME = "frame"
 _N_FILES = "n_files"
+_REACH = "reach"
 
 MAX_SHOWS = 8
 
@@ -100,17 +100,23 @@ def put(key: str, value: Any) -> None:
     st.session_state[key] = value
 
 
-def defaults(values: dict[str, Any]) -> None:
-    """Sets widgets that have no value yet."""
-    for key, value in values.items():
-        st.session_state.setdefault(key, value)
+def keep(key: str) -> None:
+    """Keeps the value of a widget that this run of the script does not draw."""
+    if key in st.session_state:
+        st.session_state[key] = st.session_state[key]
 
 
-def keep(keys: Sequence[str]) -> None:
-    """Keeps the values of widgets that this run of the script may not draw."""
-    for key in keys:
-        if key in st.session_state:
-            st.session_state[key] = st.session_state[key]
+def reach(key: str, low: float, high: float, start: float) -> tuple[float, float]:
+    """Returns a slider's ends: as given, or as far as any value it has had in this session.
+
+    A model or a run file may bring a value beyond them. They never move back, because a slider
+    with other ends is another slider, which has forgotten its value.
+    """
+    widened: dict[str, tuple[float, float]] = st.session_state.setdefault(_REACH, {})
+    low, high = widened.get(key, (low, high))
+    value = float(st.session_state.get(key, start))
+    widened[key] = min(low, value), max(high, value)
+    return widened[key]
 
 
 def shows() -> list[Show]:

@@ -32,16 +32,10 @@ def _knobs(client: EngineClient) -> None:
     recorded = run.header if run else None
     n_adapters = len(recorded.adapter_names) if recorded else len(card.adapter_names)
     softmax = recorded.enable_softmax if recorded else card.config.enable_softmax
-    # The model's own slider, too, while a run with another number of adapters is on the screen.
-    session.keep([session.knob_top_k(len(card.adapter_names))])
+    if n_adapters != len(card.adapter_names):
+        # A run of another model is on the screen: the loaded model's own slider is not drawn.
+        session.keep(session.knob_top_k(len(card.adapter_names)))
     fallback = _fallback(card.knobs, card.config, n_adapters, len(card.adapter_names))
-    session.defaults(
-        {
-            session.knob_top_k(n_adapters): min(fallback.top_k or n_adapters, n_adapters),
-            session.KNOB_TEMPERATURE: fallback.temperature,
-            session.KNOB_WEIGHT: fallback.global_weight,
-        }
-    )
     st.subheader("Routing", anchor=False)
     st.caption(_when(show))
     turned = partial(actions.turn_knobs, n_adapters, fallback)
@@ -50,6 +44,7 @@ def _knobs(client: EngineClient) -> None:
             f"Top-k: adapters kept of {n_adapters}",
             1,
             n_adapters,
+            min(fallback.top_k or n_adapters, n_adapters),
             key=session.knob_top_k(n_adapters),
             help="Per token and module only the k largest scalings are used. "
             f"{n_adapters} keeps all.",
@@ -57,7 +52,8 @@ def _knobs(client: EngineClient) -> None:
         )
     st.slider(
         "Softmax temperature",
-        *_reach(0.1, 5.0, session.KNOB_TEMPERATURE),
+        *session.reach(session.KNOB_TEMPERATURE, 0.1, 5.0, fallback.temperature),
+        fallback.temperature,
         step=0.1,
         format="%.1f",
         key=session.KNOB_TEMPERATURE,
@@ -69,20 +65,14 @@ def _knobs(client: EngineClient) -> None:
     )
     st.slider(
         "Global weight",
-        *_reach(0.0, 2.0, session.KNOB_WEIGHT),
+        *session.reach(session.KNOB_WEIGHT, 0.0, 2.0, fallback.global_weight),
+        fallback.global_weight,
         step=0.05,
         format="%.2f",
         key=session.KNOB_WEIGHT,
         help="Factor on every scaling. 0 is the base model, 1 is as trained.",
         on_change=turned,
     )
-
-
-def _reach(low: float, high: float, key: str) -> tuple[float, float]:
-    """Returns a slider's ends, far enough for the value that a model or a run file brought."""
-    value = float(session.get(key))
-    session.keep([key])
-    return min(low, value), max(high, value)
 
 
 def _fallback(knobs: RoutingKnobs, config: XLoraConfig, n_shown: int, n_model: int) -> RoutingKnobs:
@@ -101,12 +91,12 @@ def _when(show: session.Show | None) -> str:
 
 
 def _compare(client: EngineClient) -> None:
-    session.defaults({session.ARMS: [actions.MERGED]})
     st.subheader("Compare with", anchor=False)
     st.pills(
         "Compare with",
         list(actions.arm_options(client.card.adapter_names)),
         selection_mode="multi",
+        default=[actions.MERGED],
         key=session.ARMS,
         label_visibility="collapsed",
         help="Each runs the same prompt beside the routed model, in turns on the same engine.",
@@ -114,30 +104,22 @@ def _compare(client: EngineClient) -> None:
 
 
 def _sampling() -> None:
-    session.defaults(
-        {
-            session.MAX_NEW_TOKENS: 96,
-            session.TEMPERATURE: 0.0,
-            session.SEED: 0,
-            session.AS_CHAT: True,
-        }
-    )
     with st.expander("Sampling", icon=":material/tune:"):
-        st.number_input("Most new tokens", 1, 4096, step=16, key=session.MAX_NEW_TOKENS)
-        st.slider(
+        st.number_input("Most new tokens", 1, 4096, 96, step=16, key=session.MAX_NEW_TOKENS)
+        temperature = st.slider(
             "Sampling temperature",
             0.0,
             2.0,
+            0.0,
             step=0.1,
             format="%.1f",
             key=session.TEMPERATURE,
             help="0 always takes the most likely token. Not the router's softmax temperature.",
         )
-        st.number_input(
-            "Seed", 0, 2**31 - 1, key=session.SEED, disabled=not session.get(session.TEMPERATURE)
-        )
+        st.number_input("Seed", 0, 2**31 - 1, 0, key=session.SEED, disabled=temperature == 0)
         st.toggle(
             "Send as chat message",
+            value=True,
             key=session.AS_CHAT,
             help="Wraps the prompt in the model's chat template. Off: the text goes in as it is.",
         )

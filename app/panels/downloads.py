@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import streamlit as st
 
 from app import session
 from xlora_core import RoutingKnobs, Run
 
-BUCKETS = {
+if TYPE_CHECKING:
+    from xlora_core.recording.export import ExportBy
+
+BUCKETS: dict[ExportBy, str] = {
     "position": "by token position",
     "segment": "prompt / response",
     "seq_len": "by sequence length",
@@ -24,22 +28,21 @@ def draw(run: Run, knobs: RoutingKnobs | None) -> None:
         run: A finished run.
         knobs: Those that the run is re-routed with on the screen; the CSV then has them, too.
     """
-    session.defaults({session.BUCKET_BY: "position", session.BUCKET_WIDTH: 16})
-    session.keep([session.BUCKET_WIDTH])
     name = f"xlora-{run.header.run_id[:8]}"
     st.subheader("Download", anchor=False)
     with st.container(horizontal=True, vertical_alignment="bottom"):
-        st.selectbox(
+        by = st.selectbox(
             "Rows of the CSV",
             list(BUCKETS),
             format_func=BUCKETS.__getitem__,
             key=session.BUCKET_BY,
             width=200,
         )
-        by = session.get(session.BUCKET_BY)
-        width = int(session.get(session.BUCKET_WIDTH))
+        width = 16
         if by == "position":
-            st.number_input("Tokens per row", 1, 4096, key=session.BUCKET_WIDTH, width=150)
+            width = st.number_input(
+                "Tokens per row", 1, 4096, width, key=session.BUCKET_WIDTH, width=150
+            )
         st.download_button(
             "Scalings (CSV)" if knobs is None else "Re-routed scalings (CSV)",
             # Made at the click, from a run that no longer changes.

@@ -11,7 +11,6 @@ from app.engine_client import EngineClient
 def draw(client: EngineClient) -> None:
     """Draws the prompt box and its buttons."""
     choices = presets.load()
-    session.defaults({session.PROMPT: "", session.PRESET: None})
     st.pills(
         "Examples",
         [preset.title for preset in choices],
