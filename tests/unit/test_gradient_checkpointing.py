@@ -7,28 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.gradients import backward, trainable
 from tests.tiny_models import families, tiny_prompt, tiny_xlora
 from xlora_core.errors import ModelError
 from xlora_core.model import XLoraModel
 
 FAMILIES = sorted(families())
 NEAR = {"atol": 1e-10, "rtol": 1e-8}
-
-
-def trainable(model: XLoraModel) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def backward(model: XLoraModel, *prompts: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """Returns the loss and the gradients of one backward through a call per prompt."""
-    torch.manual_seed(11)  # both runs draw the same dropout
-    loss = sum(model(input_ids=ids, labels=ids).loss for ids in prompts)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in trainable(model).items()}
-    model.zero_grad()
-    return float(loss.detach()), gradients
 
 
 def enable(model: XLoraModel, use_reentrant: bool) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, OPTConfig
 
+from tests.gradients import backward, trainable
 from tests.tiny_models import (
     families,
     tiny_base,
@@ -267,20 +268,6 @@ def test_top_k_of_a_config_is_checked_against_the_adapters_given(tmp_path: Path)
 
 
 # ---------------------------------------------------------------- what learns
-
-
-def trainable(model: XLoraModel) -> dict[str, torch.nn.Parameter]:
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def backward(model: XLoraModel, *prompts: Tensor) -> tuple[float, dict[str, Tensor]]:
-    """Returns the loss and the gradients of one backward through a call per prompt."""
-    torch.manual_seed(11)  # both runs draw the same dropout
-    loss = sum(model(input_ids=ids, labels=ids).loss for ids in prompts)
-    loss.backward()
-    gradients = {name: p.grad.clone() for name, p in trainable(model).items()}
-    model.zero_grad()
-    return float(loss.detach()), gradients
 
 
 def test_only_the_classifier_is_trainable_by_default(tmp_path: Path) -> None:
