@@ -32,14 +32,18 @@ class LoraWeights:
     """One adapter's low-rank pair for one module.
 
     Attributes:
-        lora_A: ``[r, in]``.
-        lora_B: ``[out, r]``.
+        lora_A: ``[r, in]``; ``[r, in, kh, kw]`` for a convolution.
+        lora_B: ``[out, r]``; ``[out, r, 1, 1]`` for a convolution.
         lora_scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
+        bias: ``[out]``, the bias of ``lora_B`` (PEFT's ``lora_bias``), or None.
+        embedding: Whether the module is an embedding; then ``in`` counts its rows.
     """
 
     lora_A: Tensor
     lora_B: Tensor
     lora_scaling: float
+    bias: Tensor | None = None
+    embedding: bool = False
 
     @property
     def rank(self) -> int:

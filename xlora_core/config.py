@@ -14,6 +14,8 @@ from typing import Any
 
 from xlora_core.errors import ConfigError
 
+ROUTERS = ("classifier", "per_layer")
+
 
 def _is_finite(value: object) -> bool:
     if not isinstance(value, int | float) or isinstance(value, bool):
@@ -69,9 +71,9 @@ def _named_folders(adapters: object) -> tuple[dict[str, str], list[str]]:
 
 @dataclass(frozen=True, kw_only=True)
 class XLoraConfig:
-    """What an X-LoRA model is: its adapters and its classifier.
+    """What an X-LoRA model is: its adapters and its router.
 
-    Field names and defaults are those of PEFT's ``XLoraConfig``.
+    Field names and defaults are those of PEFT's ``XLoraConfig``; ``router`` is our own.
 
     Attributes:
         hidden_size: Size H of the classifier's input; None takes it from the base model.
@@ -90,6 +92,10 @@ class XLoraConfig:
         top_k_lora: Keep the k largest scalings per token and module; None keeps all.
         scaling_pass_value: Constant scaling of every adapter in the scaling pass.
         global_scaling_weight: Factor g on every scaling.
+        router: ``"classifier"``: one classifier behind a scaling pass sets the scalings of all
+            modules. ``"per_layer"``: every adapted module has a gate on its own input, and
+            there is no scaling pass; the classifier's fields (``xlora_depth`` to
+            ``xlora_dropout_p``, ``layerwise_scalings``, ``scaling_pass_value``) are unused.
 
     Raises:
         ConfigError: Listing every field that is out of range or contradicts another.
@@ -112,9 +118,12 @@ class XLoraConfig:
     top_k_lora: int | None = None
     scaling_pass_value: float = 0.0
     global_scaling_weight: float = 1.0
+    router: str = "classifier"
 
     def __post_init__(self) -> None:
         faults: list[str] = []
+        if self.router not in ROUTERS:
+            faults.append(f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}")
         if self.hidden_size is not None and (not _is_int(self.hidden_size) or self.hidden_size < 1):
             faults.append(
                 f"hidden_size must be None or a whole number >= 1, got {self.hidden_size!r}"
