@@ -17,6 +17,8 @@ PYTHON_IN_VENV := $(VENV)/bin/python
 APP_READY := $(VENV)/.app-ready
 DEV_READY := $(VENV)/.dev-ready
 MODEL_READY := $(VENV)/.model-ready
+# PEFT's own tests of X-LoRA, which tests/parity runs against this project.
+PEFT_TESTS := $(VENV)/peft-tests/test_xlora.py
 
 PIP := $(PYTHON_IN_VENV) -m pip --disable-pip-version-check
 INSTALL := $(PIP) install -qq -c constraints.txt
@@ -34,7 +36,7 @@ demo: $(MODEL_READY)
 	@$(RUN) $(PYTHON_IN_VENV) -m streamlit run app/main.py --server.address $(ADDRESS) \
 		--server.port $(PORT) --server.headless $(HEADLESS) --server.showEmailPrompt false
 
-test: $(DEV_READY) $(MODEL_READY) browser
+test: $(DEV_READY) $(MODEL_READY) $(PEFT_TESTS) browser
 	@$(RUN_TESTS) $(PYTHON_IN_VENV) -m pytest -q $(ARGS)
 
 lint: $(DEV_READY)
@@ -66,6 +68,9 @@ $(DEV_READY): $(APP_READY)
 	@echo "Installing what tests, lint and training need."
 	@$(INSTALL) -e '.[test,dev,train]'
 	@touch $@
+
+$(PEFT_TESTS): $(DEV_READY) constraints.txt scripts/fetch_peft_tests.py
+	@$(PYTHON_IN_VENV) scripts/fetch_peft_tests.py $@
 
 $(MODEL_READY): $(APP_READY)
 	@echo "Preparing the demo's base model; the first time takes about half a minute."
