@@ -74,6 +74,25 @@ class XLoraControls:
         """
         self._set(top_k_lora=value)
 
+    def get_topk_lora(self) -> int | None:
+        """Returns how many scalings per token and module are kept; None is all."""
+        return self._config_xlora.top_k_lora
+
+    def set_softmax(
+        self, *, enable_softmax: bool | None = None, enable_softmax_topk: bool | None = None
+    ) -> None:
+        """Chooses the softmax: over all adapters, over those that top-k keeps, or none.
+
+        Args:
+            enable_softmax: Softmax of router logits / temperature; None leaves it as it is.
+            enable_softmax_topk: Softmax of the kept router logits; None leaves it as it is.
+
+        Raises:
+            ConfigError: If both would be on.
+        """
+        changes = {"enable_softmax": enable_softmax, "enable_softmax_topk": enable_softmax_topk}
+        self._set(**{name: value for name, value in changes.items() if value is not None})
+
     def set_global_scaling_weight(self, weight: float) -> None:
         """Sets the factor g on every scaling."""
         self._set(global_scaling_weight=weight)
