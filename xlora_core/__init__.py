@@ -6,7 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xlora_core.config import Arm, RoutingKnobs, SamplingParams, XLoraConfig
+    from xlora_core.config import AdapterOverride, Arm, RoutingKnobs, SamplingParams, XLoraConfig
     from xlora_core.demo import load_model
     from xlora_core.engine import Engine
     from xlora_core.errors import XLoraError
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from xlora_core.recording import Run
 
 __all__ = [
+    "AdapterOverride",
     "Arm",
     "Engine",
     "RoutingKnobs",
@@ -27,6 +28,7 @@ __all__ = [
 
 # Loaded at first use, so that configuration and errors can be imported without torch.
 _HOMES = {
+    "AdapterOverride": "config",
     "Arm": "config",
     "Engine": "engine",
     "RoutingKnobs": "config",

@@ -20,7 +20,9 @@ from xlora_core.errors import ConfigError, XLoraError
 def test_names_and_defaults_are_pefts() -> None:
     theirs = {f.name: f.default for f in dataclasses.fields(PeftXLoraConfig)}
     ours = {f.name: f.default for f in dataclasses.fields(XLoraConfig)}
-    assert ours.pop("router") == "classifier"  # our own field: what PEFT's model always has
+    # Our own fields: with these defaults a model is what PEFT's always is.
+    assert ours.pop("router") == "classifier"
+    assert ours.pop("adapter_overrides") == ()
     del ours["adapters"]
     assert ours == {name: theirs[name] for name in ours}
     assert XLoraConfig().adapters == {}
@@ -115,7 +117,7 @@ def test_unknown_keys_are_refused_and_the_known_ones_named() -> None:
         XLoraConfig.from_dict({"xlora_depth": 2, "top_k": 1, "depth": 3})
     assert caught.value.message == "unknown X-LoRA config keys: 'depth', 'top_k'"
     assert "top_k_lora" in caught.value.hint
-    assert "hint: allowed keys: adapters, " in str(caught.value)
+    assert "hint: allowed keys: adapter_overrides, adapters, " in str(caught.value)
 
 
 def test_round_trip_through_json_keeps_twelve_adapters_in_order() -> None:

@@ -1,0 +1,19 @@
+"""Configuration: what an X-LoRA model is, and what one request asks of it.
+
+Importable without torch. All classes are frozen; ``dataclasses.replace`` makes a changed copy
+and validates it again.
+"""
+
+from xlora_core.config.knobs import RoutingKnobs
+from xlora_core.config.model import ROUTERS, XLoraConfig
+from xlora_core.config.overrides import AdapterOverride
+from xlora_core.config.requests import Arm, SamplingParams
+
+__all__ = [
+    "ROUTERS",
+    "AdapterOverride",
+    "Arm",
+    "RoutingKnobs",
+    "SamplingParams",
+    "XLoraConfig",
+]
