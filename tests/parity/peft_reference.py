@@ -21,6 +21,7 @@ def peft_reference(model: XLoraModel, family: str, dtype: torch.dtype) -> torch.
     base = tiny_base(family, dtype=dtype)
     base.config.use_cache = False
     fields = config.to_dict()
+    del fields["router"]  # PEFT has the classifier only
     # XLoraConfig of PEFT changes the dict it is given, and would share ours.
     fields["adapters"] = dict(config.adapters)
     reference = get_peft_model(base, PeftXLoraConfig(task_type="CAUSAL_LM", **fields))
