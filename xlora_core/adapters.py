@@ -6,8 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,13 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 KEY_PREFIX = "base_model.model."
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
-_LORA_KEY = re.compile(r"^(?P<module>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+# An adapter's own name stands in the key only while it is in memory; some tools save it, too.
+_LORA_KEY = re.compile(
+    r"^(?P<module>.+)\.(?:lora_(?P<side>[AB])(?:\.[^.]+)?\.(?P<part>weight|bias)"
+    r"|lora_embedding_(?P<embedding_side>[AB])(?:\.[^.]+)?)$"
+)
+_SAVED_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>weight|bias)$")
+_STRAY_KEY = re.compile(r"(^|\.)internal_xlora_classifier\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +58,19 @@ class LoraWeights:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SavedModule:
+    """A module that an adapter trained as a whole (PEFT's ``modules_to_save``).
+
+    Attributes:
+        weight: In the base weight's layout.
+        bias: ``[out]``, or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoraAdapter:
     """A LoRA adapter as read from disk.
 
@@ -60,12 +79,20 @@ class LoraAdapter:
         config: ``adapter_config.json`` as it stands.
         modules: Module path in the base model -> weights.
         dtype: dtype of the weights on disk.
+        saved_modules: Module path -> the module as this adapter trained it, such as the head of
+            a sequence classifier.
     """
 
     name: str
     config: Mapping[str, Any]
     modules: Mapping[str, LoraWeights]
     dtype: torch.dtype
+    saved_modules: Mapping[str, SavedModule] = field(default_factory=dict)
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of all modules that it changes."""
+        return [*self.modules, *self.saved_modules]
 
     @property
     def dropout(self) -> float:
@@ -87,12 +114,37 @@ def read_adapter(name: str, folder: str | Path) -> LoraAdapter:
     folder = Path(folder)
     config = _read_config(name, folder)
     tensors = _read_weights(name, folder)
+    saved_names = _modules_to_save(name, folder, config)
+    lora = {key: tensor for key, tensor in tensors.items() if _is_lora(key)}
     return LoraAdapter(
         name=name,
         config=config,
-        modules=_pair_tensors(name, folder, config, tensors),
-        dtype=next(iter(tensors.values())).dtype,
+        modules=_pair_tensors(name, folder, config, lora),
+        dtype=next(iter((lora or tensors).values())).dtype,
+        saved_modules=_saved_modules(
+            name, folder, saved_names, {k: t for k, t in tensors.items() if k not in lora}
+        ),
     )
+
+
+def adapter_tensors(adapter: LoraAdapter) -> dict[str, Tensor]:
+    """Returns an adapter's tensors under PEFT's file keys, on the CPU, in the adapter's dtype."""
+    tensors: dict[str, Tensor] = {}
+    for module, weights in adapter.modules.items():
+        for side, tensor in (("A", weights.lora_A), ("B", weights.lora_B)):
+            key = f"lora_embedding_{side}" if weights.embedding else f"lora_{side}.weight"
+            tensors[f"{KEY_PREFIX}{module}.{key}"] = tensor
+        if weights.bias is not None:
+            tensors[f"{KEY_PREFIX}{module}.lora_B.bias"] = weights.bias
+    for module, saved in adapter.saved_modules.items():
+        tensors[f"{KEY_PREFIX}{module}.weight"] = saved.weight
+        if saved.bias is not None:
+            tensors[f"{KEY_PREFIX}{module}.bias"] = saved.bias
+    # A copy each: safetensors refuses tensors that share memory.
+    return {
+        key: tensor.detach().to("cpu", adapter.dtype).clone(memory_format=torch.contiguous_format)
+        for key, tensor in tensors.items()
+    }
 
 
 def _read_config(name: str, folder: Path) -> dict[str, Any]:
@@ -136,8 +188,6 @@ def _refuse_unsupported(name: str, path: Path, config: Mapping[str, Any]) -> Non
     """Raises for LoRA variants whose numbers would be silently wrong if read as plain LoRA."""
     variants = {
         "use_dora": "DoRA",
-        "lora_bias": "a bias on lora_B",
-        "modules_to_save": "fully trained modules (modules_to_save)",
         "trainable_token_indices": "trained token embeddings",
         "target_parameters": "adapted parameters (target_parameters)",
         "layer_replication": "replicated layers",
@@ -174,6 +224,8 @@ def _read_weights(name: str, folder: Path) -> dict[str, Tensor]:
             hint="PEFT's save_pretrained writes it",
         )
     tensors = load_safetensors(path, what=f"adapter {name!r}")
+    # The original xlora package leaves parts of its classifier in every adapter file.
+    tensors = {key: t for key, t in tensors.items() if not _STRAY_KEY.search(key)}
     if not tensors:
         raise AdapterError(f"adapter {name!r}: {path} holds no tensors")
     for key, tensor in tensors.items():
@@ -209,29 +261,80 @@ def load_safetensors(path: Path, *, what: str) -> dict[str, Tensor]:
         ) from error
 
 
+def _is_lora(key: str) -> bool:
+    return ".lora_" in key
+
+
+def _modules_to_save(name: str, folder: Path, config: Mapping[str, Any]) -> list[str]:
+    names = config.get("modules_to_save") or []
+    if not isinstance(names, list) or not all(isinstance(n, str) and n for n in names):
+        raise AdapterError(
+            f"adapter {name!r}: {folder / CONFIG_FILE}: modules_to_save must be a list of module "
+            f"names, got {names!r}"
+        )
+    return names
+
+
+def _saved_modules(
+    name: str, folder: Path, saved_names: Sequence[str], tensors: Mapping[str, Tensor]
+) -> dict[str, SavedModule]:
+    """Returns the wholly trained modules; every tensor must belong to one of them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        match = _SAVED_KEY.match(key.removeprefix(KEY_PREFIX))
+        module = match["module"] if match else ""
+        named = module in saved_names or any(module.endswith(f".{n}") for n in saved_names)
+        if match is None or not key.startswith(KEY_PREFIX) or not named:
+            raise AdapterError(
+                f"adapter {name!r}: {folder / WEIGHTS_FILE}: tensor {key} is not part of plain "
+                f"LoRA; expected {KEY_PREFIX}<module>.lora_A.weight and .lora_B.weight, "
+                ".lora_embedding_A and _B, or modules named in modules_to_save",
+                hint="adapters that train further parameters cannot be mixed",
+            )
+        parts.setdefault(module, {})[match["part"]] = tensor
+    for module, found in parts.items():
+        if "weight" not in found:
+            raise AdapterError(
+                f"adapter {name!r}, module {module}: the saved module has a bias but no weight, "
+                "the file is incomplete"
+            )
+    if saved_names and not parts:
+        raise AdapterError(
+            f"adapter {name!r}: modules_to_save names {', '.join(saved_names)}, but the file holds "
+            f"none of them ({folder / WEIGHTS_FILE})",
+            hint="the file is incomplete; save the adapter again",
+        )
+    return {m: SavedModule(weight=p["weight"], bias=p.get("bias")) for m, p in parts.items()}
+
+
 def _pair_tensors(
     name: str, folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]
 ) -> dict[str, LoraWeights]:
-    sides: dict[str, dict[str, Tensor]] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         match = _LORA_KEY.match(key)
         if match is None or not key.startswith(KEY_PREFIX):
-            kind = "an embedding adapter" if "lora_embedding_" in key else "not part of plain LoRA"
             raise AdapterError(
-                f"adapter {name!r}: {folder / WEIGHTS_FILE}: tensor {key} is {kind}; expected "
-                f"{KEY_PREFIX}<module>.lora_A.weight and .lora_B.weight",
-                hint="only adapters on linear layers (Linear, Conv1D) can be mixed",
+                f"adapter {name!r}: {folder / WEIGHTS_FILE}: tensor {key} is not part of plain "
+                f"LoRA; expected {KEY_PREFIX}<module>.lora_A.weight and .lora_B.weight, or "
+                ".lora_embedding_A and _B",
+                hint="only plain LoRA adapters can be mixed",
             )
         module = match["module"].removeprefix(KEY_PREFIX)
-        pair = sides.setdefault(module, {})
-        if match["side"] in pair:
+        part = match["embedding_side"] or (
+            match["side"] if match["part"] == "weight" else f"bias of lora_{match['side']}"
+        )
+        found = parts.setdefault(module, {})
+        if part in found:
             raise AdapterError(
                 f"adapter {name!r}: {folder / WEIGHTS_FILE}: module {module} has two tensors "
-                f"lora_{match['side']}, expected one",
+                f"lora_{part}, expected one",
                 hint="the file holds several adapters; save each of them alone",
             )
-        pair[match["side"]] = tensor
-    return {module: _checked_pair(name, module, config, pair) for module, pair in sides.items()}
+        found[part] = tensor
+        if match["embedding_side"]:
+            found["embedding"] = tensor
+    return {module: _checked_pair(name, module, config, found) for module, found in parts.items()}
 
 
 def _checked_pair(
@@ -241,12 +344,21 @@ def _checked_pair(
     missing = [f"lora_{side}" for side in "AB" if side not in pair]
     if missing:
         raise AdapterError(f"{where}: {missing[0]} is missing, the file is incomplete")
-    lora_A, lora_B = pair["A"], pair["B"]
+    lora_A, lora_B, bias = pair["A"], pair["B"], pair.get("bias of lora_B")
     rank = _by_pattern(config, "rank_pattern", config.get("r"), where, module)
-    if lora_A.ndim != 2 or lora_B.ndim != 2 or lora_A.shape[0] != lora_B.shape[1]:
+    of_matrices = lora_A.ndim == lora_B.ndim == 2
+    of_convolution = lora_A.ndim == lora_B.ndim == 4 and lora_B.shape[2:] == (1, 1)
+    if not (of_matrices or of_convolution) or lora_A.shape[0] != lora_B.shape[1]:
         raise AdapterError(
-            f"{where}: lora_A must be [r, in] and lora_B [out, r], found {list(lora_A.shape)} "
-            f"and {list(lora_B.shape)}"
+            f"{where}: lora_A must be [r, in] and lora_B [out, r], or [r, in, kh, kw] and "
+            f"[out, r, 1, 1] for a convolution, found {list(lora_A.shape)} and "
+            f"{list(lora_B.shape)}"
+        )
+    if "bias of lora_A" in pair:
+        raise AdapterError(f"{where}: lora_A has a bias, plain LoRA has none there")
+    if bias is not None and bias.shape != lora_B.shape[:1]:
+        raise AdapterError(
+            f"{where}: the bias of lora_B must be [{lora_B.shape[0]}], found {list(bias.shape)}"
         )
     if isinstance(rank, bool) or lora_A.shape[0] != rank or rank < 1:
         raise AdapterError(
@@ -256,7 +368,13 @@ def _checked_pair(
     if not _is_number(alpha):
         raise AdapterError(f"{where}: lora_alpha must be a finite number, got {alpha!r}")
     divisor = math.sqrt(rank) if config.get("use_rslora") else rank
-    return LoraWeights(lora_A=lora_A, lora_B=lora_B, lora_scaling=alpha / divisor)
+    return LoraWeights(
+        lora_A=lora_A,
+        lora_B=lora_B,
+        lora_scaling=alpha / divisor,
+        bias=bias,
+        embedding="embedding" in pair,
+    )
 
 
 def _is_number(value: object) -> bool:

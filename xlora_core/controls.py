@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from xlora_core.config import RoutingKnobs, XLoraConfig
+from xlora_core.layers import ActiveScalings
 from xlora_core.scalings_log import ScalingsLog
 
 
@@ -19,6 +22,7 @@ class XLoraControls:
     """
 
     _config_xlora: XLoraConfig
+    active_scalings: ActiveScalings
     adapter_names: list[str]
     scalings_log: ScalingsLog
 
@@ -112,3 +116,27 @@ class XLoraControls:
             ConfigError: If it is not finite and > 0.
         """
         self._set(softmax_temperature=temperature)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Switches the adapters off for the length of a ``with`` block: the base model alone.
+
+        In this thread only; what other threads run meanwhile is not affected. Nothing is logged,
+        and a cache filled inside the block cannot be gone on with outside.
+        """
+        with self.active_scalings.disable():
+            yield
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """Returns how many parameters learn, and how many there are in all."""
+        assert isinstance(self, nn.Module)  # the model this is mixed into
+        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters learn, in PEFT's words."""
+        trainable, total = self.get_nb_trainable_parameters()
+        print(  # noqa: T201  # that is what PEFT's method of this name is for
+            f"trainable params: {trainable:,d} || all params: {total:,d} || "
+            f"trainable%: {100 * trainable / total:.4f}"
+        )

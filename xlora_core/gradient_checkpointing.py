@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from xlora_core.layers import ActiveScalings
 
@@ -43,9 +43,10 @@ class _ScalingsCheckpoint:
             return function(*args)
         if scalings is None:
             return self.checkpoint(function, *args)
+        tensors = scalings.tensors()
 
-        def with_scalings(scalings: Tensor, *args: Any) -> Any:
-            with self.active.hold(scalings):
-                return function(*args)
+        def with_scalings(*values: Any) -> Any:
+            with self.active.hold(scalings.with_tensors(values[: len(tensors)])):
+                return function(*values[len(tensors) :])
 
-        return self.checkpoint(with_scalings, scalings, *args)
+        return self.checkpoint(with_scalings, *tensors, *args)

@@ -26,9 +26,10 @@ from xlora_core.errors import AdapterError, ConfigError, ModelError
 from xlora_core.generation import XLoraGeneration
 from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
 from xlora_core.kv_cache import DualCache
-from xlora_core.layers import ActiveScalings, XLoraLinear
+from xlora_core.layers import ActiveScalings, XLoraLayer
 from xlora_core.passes import XLoraPasses
 from xlora_core.replacing import replace_adapted_modules
+from xlora_core.saved_modules import as_saved_module
 from xlora_core.scalings_log import LogEntry, ScalingsLog
 
 
@@ -80,9 +81,9 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         for parameter in frozen:
             parameter.requires_grad_(False)
         self.base_model = base_model
-        self._head_is_adapted = isinstance(base_model.get_output_embeddings(), XLoraLinear)
+        self._head_is_adapted = isinstance(base_model.get_output_embeddings(), XLoraLayer)
         self.lora_layer_names = list(self._layers)
-        self._adapter_configs = [(dict(a.config), a.dtype) for a in adapters]
+        self._adapter_configs = [(dict(a.config), a.dtype, set(a.saved_modules)) for a in adapters]
         self.classifier = XLoraClassifier(
             self._config_xlora,
             n_lora_layers=len(self._layers),
@@ -157,10 +158,11 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             LoraAdapter(
                 name=name,
                 config=config,
-                modules={path: e[k] for path, e in experts.items() if k in e},
+                modules={p: e[k] for p, e in experts.items() if k in e and p not in saved},
                 dtype=torch.float32 if trained else dtype,
+                saved_modules={path: as_saved_module(self._layers[path], k) for path in saved},
             )
-            for k, (name, (config, dtype)) in enumerate(
+            for k, (name, (config, dtype, saved)) in enumerate(
                 zip(self.adapter_names, self._adapter_configs, strict=True)
             )
         ]
@@ -176,7 +178,7 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             return getattr(self.base_model, name)
 
     @property
-    def lora_layers(self) -> list[XLoraLinear]:
+    def lora_layers(self) -> list[XLoraLayer]:
         """The L adapted modules in order."""
         return list(self._layers.values())
 
@@ -247,11 +249,12 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
                 f"past_key_values must be a DualCache, got {type(past_key_values).__name__}",
                 hint="make one with model.new_cache()",
             )
-        if past_key_values is not None:
+        disabled = self.active_scalings.disabled
+        if past_key_values is not None and not disabled:
             past_key_values.check_in_step()
         knobs = self.check_knobs(knobs or self.default_knobs)
         if use_cache is None:
-            use_cache = not self.training and bool(self.base_model.config.use_cache)
+            use_cache = not self.training and self._caches_by_default()
         if use_cache and self.training and self.base_model.is_activation_checkpointing:
             # The layers would drop the cache, and the next token see none of the text before it.
             raise ModelError(
@@ -267,13 +270,16 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             "position_ids": position_ids,
             "use_cache": use_cache,
         }
-        scaling_cache = past_key_values.scaling if past_key_values is not None else None
-        hidden, _ = self._scaling_hidden(knobs, inputs | {"past_key_values": scaling_cache}, False)
-        # Outside the scaling pass's no_grad: this is where the classifier learns.
-        router_logits = self.classifier(hidden.detach())
-        self._log(router_logits, knobs, past_key_values)
+        scalings = None
+        if not disabled:
+            cache = past_key_values.scaling if past_key_values is not None else None
+            hidden, _ = self._scaling_hidden(knobs, inputs | {"past_key_values": cache}, False)
+            # Outside the scaling pass's no_grad: this is where the classifier learns.
+            router_logits = self.classifier(hidden.detach())
+            self._log(router_logits, knobs, past_key_values)
+            scalings = self.route(router_logits, knobs)
         output = self.main_pass(
-            scalings=self.route(router_logits, knobs),
+            scalings=scalings,
             past_key_values=past_key_values.main if past_key_values is not None else None,
             labels=labels,
             logits_to_keep=logits_to_keep,
@@ -282,6 +288,9 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         if past_key_values is not None:
             output.past_key_values = past_key_values
         return output.to_tuple() if return_dict is False else output
+
+    def _caches_by_default(self) -> bool:
+        return self.can_generate() and bool(getattr(self.base_model.config, "use_cache", False))
 
     # ---------------------------------------------------------------- the log
 
@@ -330,11 +339,14 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
 
 
 def _with_hidden_size(config: XLoraConfig, base_model: PreTrainedModel) -> XLoraConfig:
-    actual = base_model.config.get_text_config().hidden_size
-    # The head reads what the classifier reads; in some OPT models it is narrower.
-    head = base_model.get_output_embeddings()
-    if head is not None:
-        actual = head.weight.shape[-1]
+    text = base_model.config.get_text_config()
+    # The last hidden state; in some OPT models it is narrower than the others.
+    actual = getattr(text, "word_embed_proj_dim", None) or getattr(text, "hidden_size", None)
+    if not isinstance(actual, int):
+        raise ModelError(
+            f"the config of {type(base_model).__name__} names no hidden_size",
+            hint="X-LoRA needs a transformer with one hidden size",
+        )
     if config.hidden_size is None:
         return replace(config, hidden_size=actual)
     if config.hidden_size != actual:

@@ -18,7 +18,7 @@ from xlora_core.controls import XLoraControls
 from xlora_core.errors import ModelError
 from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
 from xlora_core.kv_cache import DualCache
-from xlora_core.layers import ActiveScalings, XLoraLinear
+from xlora_core.layers import ActiveScalings, TokenScalings, XLoraLayer
 
 # Arguments of a causal language model's forward that its backbone has no use for.
 _HEAD_ARGUMENTS = frozenset(
@@ -58,7 +58,7 @@ class XLoraPasses(XLoraControls, nn.Module):
     base_model: Any
     classifier: XLoraClassifier
     active_scalings: ActiveScalings
-    _layers: dict[str, XLoraLinear]
+    _layers: dict[str, XLoraLayer]
     _head_is_adapted: bool
     _merged: bool
 
@@ -146,7 +146,8 @@ class XLoraPasses(XLoraControls, nn.Module):
             carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
         # An adapted head must see the tokens that the scalings are for; it is cut afterwards.
         kept = inputs.pop("logits_to_keep", 0) if self._head_is_adapted else 0
-        with self.active_scalings.hold(scalings):
+        held = None if scalings is None else TokenScalings(scalings, _text_mask(inputs))
+        with self.active_scalings.hold(held):
             output = self.base_model(**_accepted(self.base_model, inputs))
         if self._head_is_adapted:
             kept = kept if isinstance(kept, Tensor) else slice(-kept, None)
@@ -155,9 +156,13 @@ class XLoraPasses(XLoraControls, nn.Module):
 
     def _of_tokens(self, scalings: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Returns scalings as ``[B, T, L or 1, K]``, or ``[1, 1, L or 1, K]`` for all tokens."""
-        tokens = inputs["input_ids"] if "input_ids" in inputs else inputs["inputs_embeds"]
-        expected = (*tokens.shape[:2], len(self._layers), len(self.adapter_names))
         found = tuple(scalings.shape)
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        # Images and sounds tell their number of tokens only inside the model.
+        of_tokens = found[:2] if tokens is None and len(found) == 4 else (1, 1)
+        if tokens is not None:
+            of_tokens = tuple(tokens.shape[:2])
+        expected = (*of_tokens, len(self._layers), len(self.adapter_names))
         if len(found) in (1, 2):
             scalings = scalings.reshape(1, 1, -1, found[-1])
         fits = scalings.ndim == 4 and all(
@@ -177,10 +182,23 @@ class XLoraPasses(XLoraControls, nn.Module):
             )
 
 
+def _text_mask(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Returns the attention mask ``[B, T]`` if it has one entry per token."""
+    mask = inputs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
 def _accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Returns the inputs that a module's forward takes; ``generate`` offers more than some do."""
     parameters = _parameters(type(module).forward)
-    optional = ("position_ids", "logits_to_keep", "token_type_ids", "use_cache")
+    optional = (
+        "attention_mask",
+        "logits_to_keep",
+        "position_ids",
+        "return_dict",
+        "token_type_ids",
+        "use_cache",
+    )
     return {k: v for k, v in inputs.items() if k in parameters or k not in optional}
 
 

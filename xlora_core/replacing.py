@@ -9,7 +9,9 @@ from torch import nn
 
 from xlora_core.adapters import LoraAdapter, LoraWeights
 from xlora_core.errors import AdapterError
-from xlora_core.layers import ActiveScalings, XLoraLinear, linear_features
+from xlora_core.layers import ActiveScalings, XLoraLayer, adapted_layer_class
+from xlora_core.layers.experts import compute_dtype
+from xlora_core.saved_modules import as_lora_weights
 
 
 def adapted_paths(model: nn.Module, adapters: Sequence[LoraAdapter]) -> list[str]:
@@ -20,9 +22,10 @@ def adapted_paths(model: nn.Module, adapters: Sequence[LoraAdapter]) -> list[str
     """
     modules = dict(model.named_modules())
     for adapter in adapters:
-        for path, weights in adapter.modules.items():
-            _check_fits(adapter.name, path, weights, modules.get(path), type(model).__name__)
-    return [path for path in modules if any(path in a.modules for a in adapters)]
+        for path in adapter.paths:
+            _check_is_there(adapter.name, path, modules.get(path), type(model).__name__)
+            _checked_class(adapter, path, modules[path])
+    return [path for path in modules if any(path in adapter.paths for adapter in adapters)]
 
 
 def replace_adapted_modules(
@@ -31,8 +34,8 @@ def replace_adapted_modules(
     active: ActiveScalings,
     *,
     trainable: bool = False,
-) -> dict[str, XLoraLinear]:
-    """Replaces every module that an adapter targets by an ``XLoraLinear``.
+) -> dict[str, XLoraLayer]:
+    """Replaces every module that an adapter targets by an ``XLoraLayer``.
 
     All adapters are checked against the model before the first module is replaced.
 
@@ -49,29 +52,39 @@ def replace_adapted_modules(
         AdapterError: If an adapter targets a module that is missing or of another shape or kind.
     """
     dropouts = {index: adapter.dropout for index, adapter in enumerate(adapters)}
-    replaced: dict[str, XLoraLinear] = {}
+    fallback = getattr(model, "dtype", torch.float32)
+    replaced: dict[str, XLoraLayer] = {}
     for layer_index, path in enumerate(adapted_paths(model, adapters)):
         base_layer = model.get_submodule(path)
-        dtype = base_layer.weight.dtype
-        assert isinstance(dtype, torch.dtype)  # narrows nn.Module's loose attribute type
-        layer = XLoraLinear(
+        dtype = compute_dtype(base_layer, fallback)
+        experts = {k: _weights(a, path, base_layer) for k, a in enumerate(adapters)}
+        present = {k: weights for k, weights in experts.items() if weights is not None}
+        kind = adapted_layer_class(base_layer, next(iter(present.values())))
+        layer = kind(
             base_layer,
             layer_index=layer_index,
             n_adapters=len(adapters),
-            experts={k: a.modules[path] for k, a in enumerate(adapters) if path in a.modules},
-            dropouts=dropouts,
+            experts=present,
+            # PEFT's dropout is on the input of lora_A, which a wholly trained module has not.
+            dropouts={k: p for k, p in dropouts.items() if path in adapters[k].modules},
             active=active,
             dtype=torch.promote_types(dtype, torch.float32) if trainable else dtype,
             trainable=trainable,
         )
+        layer.train(base_layer.training)
         model.set_submodule(path, layer)
         replaced[path] = layer
     return replaced
 
 
-def _check_fits(
-    name: str, path: str, weights: LoraWeights, module: nn.Module | None, model_class: str
-) -> None:
+def _weights(adapter: LoraAdapter, path: str, module: nn.Module) -> LoraWeights | None:
+    """Returns an adapter's weights for a module; None if it has none there."""
+    if path in adapter.saved_modules:
+        return as_lora_weights(adapter.saved_modules[path], module)
+    return adapter.modules.get(path)
+
+
+def _check_is_there(name: str, path: str, module: nn.Module | None, model_class: str) -> None:
     where = f"adapter {name!r}, module {path}"
     if module is None:
         raise AdapterError(
@@ -79,26 +92,18 @@ def _check_fits(
             "architecture",
             hint="load the base model the adapter was trained on",
         )
-    if isinstance(module, XLoraLinear):
+    if isinstance(module, XLoraLayer):
         raise AdapterError(
             f"{where}: the module carries experts already",
             hint="load a fresh base model for every XLoraModel",
         )
+
+
+def _checked_class(adapter: LoraAdapter, path: str, module: nn.Module) -> type[XLoraLayer]:
     try:
-        out_features, in_features = linear_features(module)
+        weights = _weights(adapter, path, module)
+        assert weights is not None  # the path is one of the adapter's
+        return adapted_layer_class(module, weights)
     except AdapterError as error:
+        where = f"adapter {adapter.name!r}, module {path}"
         raise AdapterError(f"{where}: {error.message}", hint=error.hint) from None
-    dtype = module.weight.dtype
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise AdapterError(
-            f"{where}: the module's weight is {dtype}, expected floating point",
-            hint="load the base model without quantisation",
-        )
-    found = (weights.lora_A.shape[1], weights.lora_B.shape[0])
-    if found != (in_features, out_features):
-        rank = weights.rank
-        raise AdapterError(
-            f"{where}: expected lora_A {[rank, in_features]} and lora_B {[out_features, rank]}, "
-            f"found {[rank, found[0]]} and {[found[1], rank]}",
-            hint="the adapter was trained on a base model of another size",
-        )

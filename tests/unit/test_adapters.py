@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import tiny_base, write_lora
-from xlora_core.adapters import CONFIG_FILE, WEIGHTS_FILE, read_adapter
+from xlora_core.adapters import CONFIG_FILE, WEIGHTS_FILE, adapter_tensors, read_adapter
 from xlora_core.errors import AdapterError, XLoraError
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -223,8 +223,8 @@ def test_one_half_of_a_pair_is_missing(folder: Path, side: str, key: str) -> Non
 def test_halves_of_different_ranks(folder: Path) -> None:
     edit_tensors(folder, lambda t: t.update({KEY_B: t[KEY_B][:, :3].contiguous()}))
     assert (
-        f"module {Q0}: lora_A must be [r, in] and lora_B [out, r], found [4, 32] and [32, 3]"
-        in refusal(folder).message
+        f"module {Q0}: lora_A must be [r, in] and lora_B [out, r], or [r, in, kh, kw] and "
+        "[out, r, 1, 1] for a convolution, found [4, 32] and [32, 3]" in refusal(folder).message
     )
 
 
@@ -267,8 +267,6 @@ def test_two_adapters_in_one_file(folder: Path) -> None:
     ("changes", "what"),
     [
         ({"use_dora": True}, "DoRA"),
-        ({"lora_bias": True}, "a bias on lora_B"),
-        ({"modules_to_save": ["lm_head"]}, "fully trained modules (modules_to_save)"),
         ({"bias": "all"}, "trained biases (bias='all')"),
         ({"use_dora": True, "bias": "lora_only"}, "DoRA, trained biases (bias='lora_only')"),
         ({"trainable_token_indices": [1]}, "trained token embeddings"),
@@ -283,20 +281,97 @@ def test_variants_are_refused_by_name(folder: Path, changes: dict[str, object], 
 
 
 @pytest.mark.parametrize(
-    ("key", "what"),
+    ("key", "hint"),
     [
-        ("base_model.model.model.embed_tokens.lora_embedding_A", "an embedding adapter"),
-        (f"base_model.model.{Q0}.lora_magnitude_vector", "not part of plain LoRA"),
-        (f"base_model.model.{Q0}.lora_B.bias", "not part of plain LoRA"),
-        ("base_model.model.lm_head.weight", "not part of plain LoRA"),
-        (f"{Q0}.lora_A.weight", "not part of plain LoRA"),
+        (f"base_model.model.{Q0}.lora_magnitude_vector", "only plain LoRA adapters can be mixed"),
+        (f"{Q0}.lora_A.weight", "only plain LoRA adapters can be mixed"),
+        ("base_model.model.lm_head.weight", "adapters that train further parameters cannot be"),
+        (f"base_model.model.{Q0}.bias", "adapters that train further parameters cannot be mixed"),
     ],
 )
-def test_tensors_of_something_else(folder: Path, key: str, what: str) -> None:
+def test_tensors_of_something_else(folder: Path, key: str, hint: str) -> None:
     edit_tensors(folder, lambda t: t.update({key: torch.zeros(4, 32)}))
     error = refusal(folder)
-    assert f"tensor {key} is {what}; expected base_model.model.<module>.lora_A" in error.message
-    assert error.hint == "only adapters on linear layers (Linear, Conv1D) can be mixed"
+    assert (
+        f"tensor {key} is not part of plain LoRA; expected base_model.model.<module>.lora_A"
+        in error.message
+    )
+    assert hint in error.hint
+
+
+# ---------------------------------------------------------------- embeddings, biases, whole modules
+
+EMBEDDING = "model.embed_tokens"
+EMBEDDING_KEYS = {
+    f"base_model.model.{EMBEDDING}.lora_embedding_A": torch.ones(4, 97),
+    f"base_model.model.{EMBEDDING}.lora_embedding_B": torch.ones(32, 4),
+}
+
+
+@pytest.mark.parametrize("suffix", ["", ".default"])
+def test_an_embedding_adapter(folder: Path, suffix: str) -> None:
+    edit_tensors(folder, lambda t: t.update({k + suffix: v for k, v in EMBEDDING_KEYS.items()}))
+    weights = read_adapter("a", folder).modules[EMBEDDING]
+    assert weights.embedding
+    assert (weights.lora_A.shape, weights.lora_B.shape) == ((4, 97), (32, 4))
+    assert not read_adapter("a", folder).modules[Q0].embedding
+
+
+def test_the_bias_of_lora_B(folder: Path) -> None:
+    bias = torch.arange(32.0)
+    edit_tensors(folder, lambda t: t.update({f"base_model.model.{Q0}.lora_B.bias": bias}))
+    edit_config(folder, lora_bias=True)
+    modules = read_adapter("a", folder).modules
+    assert torch.equal(modules[Q0].bias, bias)
+    assert [path for path, weights in modules.items() if weights.bias is not None] == [Q0]
+
+
+def test_a_bias_of_another_size(folder: Path) -> None:
+    key = f"base_model.model.{Q0}.lora_B.bias"
+    edit_tensors(folder, lambda t: t.update({key: torch.zeros(4, 32)}))
+    assert "the bias of lora_B must be [32], found [4, 32]" in refusal(folder).message
+
+
+def test_a_wholly_trained_module(folder: Path) -> None:
+    head = torch.ones(97, 32)
+    edit_tensors(folder, lambda t: t.update({"base_model.model.lm_head.weight": head}))
+    edit_config(folder, modules_to_save=["classifier", "lm_head"])
+    adapter = read_adapter("a", folder)
+    assert list(adapter.saved_modules) == ["lm_head"]
+    assert torch.equal(adapter.saved_modules["lm_head"].weight, head)
+    assert adapter.saved_modules["lm_head"].bias is None
+    assert adapter.paths == [*adapter.modules, "lm_head"]
+
+
+def test_a_wholly_trained_module_without_its_weight(folder: Path) -> None:
+    edit_tensors(folder, lambda t: t.update({"base_model.model.lm_head.bias": torch.ones(97)}))
+    edit_config(folder, modules_to_save=["lm_head"])
+    assert "module lm_head: the saved module has a bias but no weight" in refusal(folder).message
+
+
+def test_modules_to_save_that_the_file_does_not_hold(folder: Path) -> None:
+    edit_config(folder, modules_to_save=["score"])
+    error = refusal(folder)
+    assert "modules_to_save names score, but the file holds none of them" in error.message
+
+
+@pytest.mark.parametrize("names", ["score", [1], {"a": 1}])
+def test_modules_to_save_that_are_no_names(folder: Path, names: object) -> None:
+    edit_config(folder, modules_to_save=names)
+    assert "modules_to_save must be a list of module names, got " in refusal(folder).message
+
+
+def test_what_is_read_is_written_under_the_same_keys(folder: Path) -> None:
+    added = EMBEDDING_KEYS | {
+        f"base_model.model.{Q0}.lora_B.bias": torch.arange(32.0),
+        "base_model.model.lm_head.weight": torch.ones(97, 32),
+    }
+    edit_tensors(folder, lambda t: t.update(added))
+    edit_config(folder, modules_to_save=["lm_head"])
+    written = adapter_tensors(read_adapter("a", folder))
+    on_disk = load_file(folder / WEIGHTS_FILE)
+    assert written.keys() == on_disk.keys()
+    assert all(torch.equal(written[key], on_disk[key]) for key in on_disk)
 
 
 @pytest.mark.parametrize("alpha", ["8", None, True, math.inf, math.nan, 10**400])

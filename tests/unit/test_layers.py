@@ -16,6 +16,7 @@ from xlora_core.adapters import LoraWeights
 from xlora_core.errors import ConfigError, ModelError
 from xlora_core.layers import (
     ActiveScalings,
+    TokenScalings,
     XLoraLinear,
 )
 
@@ -151,7 +152,7 @@ def test_other_tokens_than_the_scalings_are_refused(shape: tuple[int, ...]) -> N
 
 def test_holding_restores_what_was_held_also_after_an_error() -> None:
     active = ActiveScalings()
-    first, second = torch.ones(1), torch.zeros(1)
+    first, second = (TokenScalings(torch.full((1, 1, 1, K), v)) for v in (1.0, 0.0))
     with active.hold(first):
         with contextlib.suppress(KeyError), active.hold(second):
             assert active.value is second
@@ -162,8 +163,8 @@ def test_holding_restores_what_was_held_also_after_an_error() -> None:
 
 def test_each_thread_has_its_own_scalings() -> None:
     active = ActiveScalings()
-    seen: list[Tensor | None] = []
-    with active.hold(torch.ones(1)):
+    seen: list[object] = []
+    with active.hold(torch.ones(1, 1, 1, K)):
         thread = threading.Thread(target=lambda: seen.append(active.value))
         thread.start()
         thread.join()
