@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from peft import XLoraConfig as PeftXLoraConfig
 from peft import get_peft_model
@@ -20,8 +22,8 @@ def peft_reference(model: XLoraModel, family: str, dtype: torch.dtype) -> torch.
     config = model.config_xlora
     base = tiny_base(family, dtype=dtype)
     base.config.use_cache = False
-    fields = config.to_dict()
-    del fields["router"]  # PEFT has the classifier only
+    known = {field.name for field in dataclasses.fields(PeftXLoraConfig)}
+    fields = {name: value for name, value in config.to_dict().items() if name in known}
     # XLoraConfig of PEFT changes the dict it is given, and would share ours.
     fields["adapters"] = dict(config.adapters)
     reference = get_peft_model(base, PeftXLoraConfig(task_type="CAUSAL_LM", **fields))
