@@ -30,6 +30,7 @@ _LORA_KEY = re.compile(
     r"|lora_embedding_(?P<embedding_side>[AB])(?:\.[^.]+)?)$"
 )
 _SAVED_KEY = re.compile(r"^(?P<module>.+)\.(?P<part>weight|bias)$")
+_BASE_KEY = re.compile(rf"^{re.escape(KEY_PREFIX)}(?P<module>.+)\.base_layer\.weight$")
 _STRAY_KEY = re.compile(r"(^|\.)internal_xlora_classifier\.")
 
 
@@ -81,6 +82,8 @@ class LoraAdapter:
         dtype: dtype of the weights on disk.
         saved_modules: Module path -> the module as this adapter trained it, such as the head of
             a sequence classifier.
+        base_weights: Module path -> the base model's own weight in it, which PEFT writes beside
+            the adapter of an embedding or a head. It must be the model's; it is not mixed.
     """
 
     name: str
@@ -88,6 +91,7 @@ class LoraAdapter:
     modules: Mapping[str, LoraWeights]
     dtype: torch.dtype
     saved_modules: Mapping[str, SavedModule] = field(default_factory=dict)
+    base_weights: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def paths(self) -> list[str]:
@@ -116,14 +120,16 @@ def read_adapter(name: str, folder: str | Path) -> LoraAdapter:
     tensors = _read_weights(name, folder)
     saved_names = _modules_to_save(name, folder, config)
     lora = {key: tensor for key, tensor in tensors.items() if _is_lora(key)}
+    modules = _pair_tensors(name, folder, config, lora)
+    base = {m[1]: key for key in tensors if (m := _BASE_KEY.match(key)) and m[1] in modules}
+    rest = {k: t for k, t in tensors.items() if k not in lora and k not in base.values()}
     return LoraAdapter(
         name=name,
         config=config,
-        modules=_pair_tensors(name, folder, config, lora),
+        modules=modules,
         dtype=next(iter((lora or tensors).values())).dtype,
-        saved_modules=_saved_modules(
-            name, folder, saved_names, {k: t for k, t in tensors.items() if k not in lora}
-        ),
+        saved_modules=_saved_modules(name, folder, saved_names, rest),
+        base_weights={module: tensors[key] for module, key in base.items()},
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from xlora_core.adapters import LoraAdapter, LoraWeights
 from xlora_core.errors import AdapterError
@@ -25,6 +25,7 @@ def adapted_paths(model: nn.Module, adapters: Sequence[LoraAdapter]) -> list[str
         for path in adapter.paths:
             _check_is_there(adapter.name, path, modules.get(path), type(model).__name__)
             _checked_class(adapter, path, modules[path])
+            _check_base_weight(adapter, path, modules[path])
     return [path for path in modules if any(path in adapter.paths for adapter in adapters)]
 
 
@@ -107,3 +108,21 @@ def _checked_class(adapter: LoraAdapter, path: str, module: nn.Module) -> type[X
     except AdapterError as error:
         where = f"adapter {adapter.name!r}, module {path}"
         raise AdapterError(f"{where}: {error.message}", hint=error.hint) from None
+
+
+def _check_base_weight(adapter: LoraAdapter, path: str, module: nn.Module) -> None:
+    """Raises if the adapter was trained over another weight than the module has."""
+    saved, weight = adapter.base_weights.get(path), getattr(module, "weight", None)
+    if saved is None or not isinstance(weight, Tensor) or not weight.is_floating_point():
+        return
+    # The two may differ by rounding: one of them was kept in a narrower dtype.
+    tolerance = max(torch.finfo(saved.dtype).eps, torch.finfo(weight.dtype).eps)
+    here = weight.detach().to("cpu", torch.float32)
+    if saved.shape == here.shape and torch.allclose(saved.float(), here, rtol=tolerance, atol=1e-6):
+        return
+    raise AdapterError(
+        f"adapter {adapter.name!r}, module {path}: the adapter's file brings the weight it was "
+        f"trained over, {list(saved.shape)}, and the model's, {list(here.shape)}, is another one",
+        hint="load the base model the adapter was trained on; tokens added for it must be added "
+        "here, too",
+    )
