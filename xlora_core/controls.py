@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from xlora_core.config import RoutingKnobs, XLoraConfig
 from xlora_core.layers import ActiveScalings
 from xlora_core.scalings_log import ScalingsLog
+from xlora_core.steering import AdapterSteering
 
 
-class XLoraControls:
+class XLoraControls(AdapterSteering):
     """Setters and log access of ``XLoraModel``.
 
     A setter changes the default that calls without knobs of their own run with, and the config

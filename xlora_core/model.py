@@ -72,7 +72,10 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
                 f"adapter names must differ, got {', '.join(map(repr, self.adapter_names))}"
             )
         self._config_xlora = _with_hidden_size(config, base_model)
-        self.default_knobs.check(len(adapters))
+        # Before anything is replaced: a model that cannot be made leaves its base as it was.
+        self.default_knobs.check_names(
+            self.adapter_names, sorted({path for adapter in adapters for path in adapter.modules})
+        )
         frozen = list(base_model.parameters())
         self.active_scalings = ActiveScalings()
         self._layers = replace_adapted_modules(
@@ -196,14 +199,6 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         text = self.base_model.config.get_text_config()
         return int(getattr(text, "max_position_embeddings", None) or 2**31)
 
-    def check_knobs(self, knobs: RoutingKnobs) -> RoutingKnobs:
-        """Returns the knobs if they fit this model.
-
-        Raises:
-            ConfigError: If ``top_k`` is larger than the number of adapters; names both.
-        """
-        return knobs.check(len(self.adapter_names))
-
     # ---------------------------------------------------------------- both passes
 
     def forward(
@@ -242,7 +237,7 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         Raises:
             ModelError: For another kind of cache, one whose last call failed half way, caching
                 under gradient checkpointing in training, or after ``merge_and_unload``.
-            ConfigError: If ``knobs.top_k`` is larger than the number of adapters.
+            ConfigError: If the knobs do not fit the model, see ``check_knobs``.
         """
         if past_key_values is not None and not isinstance(past_key_values, DualCache):
             raise ModelError(

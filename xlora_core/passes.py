@@ -74,7 +74,8 @@ class XLoraPasses(XLoraControls, nn.Module):
 
         Args:
             knobs: Matter only for a non-zero ``scaling_pass_value``: PEFT applies top-k and
-                global weight to that constant, too.
+                global weight to that constant, too. Overrides are never applied to it: they
+                concern the main pass, so what the router says does not depend on them.
             with_lm_logits: Also return the language model's logits of the last token. They are
                 the base model's when ``scaling_pass_value`` is 0.
             inputs: ``input_ids`` ``[B, T]`` or ``inputs_embeds``, ``attention_mask``,
@@ -121,7 +122,13 @@ class XLoraPasses(XLoraControls, nn.Module):
 
     def route(self, router_logits: Tensor, knobs: RoutingKnobs | None = None) -> Tensor:
         """Returns the effective scalings ``[B, T, L or 1, K]`` of router logits."""
-        return routing.route(router_logits, self._config_xlora, knobs or self.default_knobs)
+        return routing.route(
+            router_logits,
+            self._config_xlora,
+            knobs or self.default_knobs,
+            layer_names=self.lora_layer_names,
+            adapter_names=self.adapter_names,
+        )
 
     def main_pass(self, *, scalings: Tensor | None, **inputs: Any) -> Any:
         """Runs the base model with given effective scalings.

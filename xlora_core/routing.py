@@ -4,7 +4,8 @@ Three stages, named as everywhere else in the project:
 
 * router logits: what the classifier writes;
 * scalings: after temperature and softmax; what PEFT logs;
-* effective scalings: after top-k and global weight; what the adapted modules multiply by.
+* effective scalings: after top-k, overrides and global weight; what the adapted modules
+  multiply by.
 
 Every knob is either one value for all tokens or a tensor of one value per token, so that a
 recorded run, whose knobs changed on the way, is re-routed in one call.
@@ -12,11 +13,32 @@ recorded run, whose knobs changed on the way, is re-routed in one call.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from xlora_core.config import RoutingKnobs, XLoraConfig
+from xlora_core.config import AdapterOverride, RoutingKnobs, XLoraConfig
 from xlora_core.errors import ConfigError
+
+# Values from which it pays to move the few adapters out of the last axis: a softmax over an axis
+# of 8 handles 8 values at a time, over the first axis as many as the processor can.
+_MANY_VALUES = 2**15
+
+
+class OverrideMatrix(NamedTuple):
+    """What overrides make of the scalings s that top-k left: ``factor * s + pin``.
+
+    Attributes:
+        factor: ``[L, K]``, or ``[1, K]`` when all modules have the same; ``[T, L or 1, K]`` when
+            tokens differ. 0 where an adapter is pinned or muted.
+        pin: Of the same shape; 0 where no adapter is pinned.
+    """
+
+    factor: Tensor
+    pin: Tensor
 
 
 def scalings_from_logits(
@@ -44,6 +66,11 @@ def scalings_from_logits(
         temperature = temperature.to(logits.dtype).clamp(bounds.tiny, bounds.max)
     else:
         temperature = min(max(temperature, bounds.tiny), bounds.max)
+    if _is_large(logits):
+        of_adapters = logits.movedim(-1, 0).contiguous()
+        of_adapters = of_adapters - of_adapters.detach().amax(dim=0)
+        of_adapters = of_adapters / _per_token(temperature, n_inner=1)
+        return torch.softmax(of_adapters, dim=0).movedim(0, -1).contiguous()
     logits = logits - logits.detach().amax(dim=-1, keepdim=True)
     return torch.softmax(logits / _per_token(temperature), dim=-1)
 
@@ -53,6 +80,7 @@ def effective_scalings(
     *,
     top_k: int | Tensor | None = None,
     enable_softmax_topk: bool = False,
+    overrides: OverrideMatrix | None = None,
     global_weight: float | Tensor = 1.0,
 ) -> Tensor:
     """Returns what the adapted modules multiply by.
@@ -62,10 +90,13 @@ def effective_scalings(
         top_k: Keep the k largest (signed) scalings per token and module and zero the rest,
             without renormalising; None keeps all. A tensor has shape ``[T]``, 0 keeps all.
         enable_softmax_topk: Softmax over the kept scalings.
+        overrides: Act on what top-k left; nothing is renormalised after them, so the other
+            adapters' scalings stay what they were.
         global_weight: Factor on the result; a tensor has shape ``[T]``.
 
     Returns:
-        ``[..., T, L, K]``.
+        ``[..., T, L, K]``; scalings ``[..., T, 1, K]`` that all modules share become L rows where
+        overrides differ between modules.
 
     Raises:
         ConfigError: If a top-k is outside 1..K.
@@ -80,19 +111,35 @@ def effective_scalings(
         scalings = torch.softmax(scalings, dim=-1)
     if dropped is not None:
         scalings = scalings.masked_fill(dropped, 0.0)
+    if overrides is not None:
+        scalings = scalings * overrides.factor + overrides.pin
     return scalings * _per_token(global_weight)
 
 
-def route(logits: Tensor, config: XLoraConfig, knobs: RoutingKnobs) -> Tensor:
+def route(
+    logits: Tensor,
+    config: XLoraConfig,
+    knobs: RoutingKnobs,
+    *,
+    layer_names: Sequence[str] = (),
+    adapter_names: Sequence[str] = (),
+) -> Tensor:
     """Returns the effective scalings of router logits under a config and one set of knobs.
 
     Args:
         logits: ``[..., T, L, K]``.
         config: Says which softmax is on.
-        knobs: Top-k, temperature and global weight.
+        knobs: Top-k, temperature, overrides and global weight.
+        layer_names: Paths of the L adapted modules; only knobs with overrides need them.
+        adapter_names: The K adapters' names; only knobs with overrides need them.
 
     Returns:
-        ``[..., T, L, K]``.
+        ``[..., T, L, K]``; logits ``[..., T, 1, K]`` that all modules share become L rows where
+        overrides differ between modules.
+
+    Raises:
+        ConfigError: If top-k is outside 1..K, or an override names an adapter or modules that
+            are not there.
     """
     scalings = scalings_from_logits(
         logits, enable_softmax=config.enable_softmax, temperature=knobs.temperature
@@ -101,13 +148,74 @@ def route(logits: Tensor, config: XLoraConfig, knobs: RoutingKnobs) -> Tensor:
         scalings,
         top_k=knobs.top_k,
         enable_softmax_topk=config.enable_softmax_topk,
+        overrides=override_matrix(
+            knobs, layer_names, adapter_names, dtype=logits.dtype, device=logits.device
+        ),
         global_weight=knobs.global_weight,
     )
 
 
-def _per_token(value: float | Tensor) -> float | Tensor:
+def override_matrix(
+    knobs: RoutingKnobs,
+    layer_names: Sequence[str],
+    adapter_names: Sequence[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> OverrideMatrix | None:
+    """Returns the overrides of knobs as matrices; None if there are none.
+
+    Args:
+        knobs: The knobs.
+        layer_names: Paths of the L adapted modules.
+        adapter_names: The K adapters' names.
+        dtype: Of the matrices.
+        device: Of the matrices.
+
+    Raises:
+        ConfigError: If an override names an adapter or modules that are not there.
+    """
+    if not knobs.overrides:
+        return None
+    knobs.check_names(adapter_names, layer_names)
+    names = tuple(layer_names), tuple(adapter_names)
+    return _override_matrix(tuple(knobs.overrides), *names, dtype, torch.device(device))
+
+
+# A request asks for the same matrices at every token. They follow from the arguments alone, and
+# nobody writes to them.
+@lru_cache(maxsize=128)
+@torch.inference_mode(False)
+def _override_matrix(
+    overrides: tuple[AdapterOverride, ...],
+    layer_names: tuple[str, ...],
+    adapter_names: tuple[str, ...],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> OverrideMatrix:
+    """Returns the matrices of overrides that are known to fit."""
+    n_rows = 1 if all(o.modules is None for o in overrides) else len(layer_names)
+    factor = torch.ones(n_rows, len(adapter_names), dtype=dtype)
+    pin = torch.zeros_like(factor)
+    bound = torch.finfo(dtype).max
+    for override in overrides:
+        rows = override.module_indices(layer_names) if n_rows > 1 else [0]
+        k = adapter_names.index(override.adapter)
+        value = min(max(override.value or 0.0, -bound), bound)
+        factor[rows, k] = value if override.kind == "scale" else 0.0
+        pin[rows, k] = value if override.kind == "pin" else 0.0
+    return OverrideMatrix(factor.to(device), pin.to(device))
+
+
+def _is_large(values: Tensor) -> bool:
+    """Whether the adapters' axis had better come first. Never in a graph: sizes may vary there."""
+    on_cpu = values.device.type == "cpu" and not torch.compiler.is_compiling()
+    return on_cpu and values.numel() >= _MANY_VALUES
+
+
+def _per_token(value: float | Tensor, *, n_inner: int = 2) -> float | Tensor:
     """``[T]`` -> ``[T, 1, 1]``, to broadcast against ``[..., T, L, K]``; numbers pass."""
-    return value[:, None, None] if isinstance(value, Tensor) else value
+    return value[(..., *[None] * n_inner)] if isinstance(value, Tensor) else value
 
 
 def _dropped_by_top_k(scalings: Tensor, top_k: int | Tensor | None) -> Tensor | None:

@@ -17,7 +17,7 @@ from xlora_core.recording import LONG_COLUMNS, defuse, export, long_table, undef
 
 LONG_HEADER = (
     "run_id,arm,token_index,segment,token_id,text,layer_index,layer_name,adapter,present,"
-    "scaling,effective_scaling,top_k,temperature,global_weight"
+    "scaling,effective_scaling,top_k,temperature,global_weight,overrides"
 )
 PIECES = ["=1+1", " @SUM(A1)", "-3", "\t", "\r", '"q", <script>', "\ud83d", "\x00"]
 
@@ -198,7 +198,11 @@ def test_parquet_holds_what_the_csv_holds(by, tmp_path, monkeypatch) -> None:
     for name in expected.columns:
         values = expected[name]
         if isinstance(values.dtype, pd.CategoricalDtype):
-            assert table[name].tolist() == [defuse(text) for text in values]
+            missing = values.isna().tolist()
+            assert table[name].isna().tolist() == missing
+            assert any(missing) == (name == "overrides")
+            known = table[name][values.notna()].tolist()
+            assert known == [defuse(text) for text in values.dropna()]
         else:
             assert str(table[name].dtype) == str(values.dtype)
             pd.testing.assert_series_equal(table[name], values, check_exact=True)

@@ -70,6 +70,7 @@ def test_dtypes_are_those_of_the_record() -> None:
         "top_k": "int16",
         "temperature": "float32",
         "global_weight": "float32",
+        "override_set": "int32",
         "logprob": "float32",
         "base_logprob": "float32",
         "alternative_ids": "int32",

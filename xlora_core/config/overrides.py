@@ -14,6 +14,8 @@ KINDS = ("pin", "scale", "mute")
 PATTERN_HINT = (
     "a pattern stands for whole module paths, with * for anything: '*.q_proj', 'model.layers.3.*'"
 )
+# Far above any real one; the time to compile a pattern grows with it.
+LONGEST_PATTERN = 1000
 _GLOB_CHARACTERS = frozenset("*?[")
 # Modules that an error names, of perhaps hundreds.
 _N_NAMED = 3
@@ -72,6 +74,8 @@ class AdapterOverride:
                 faults.append(f"modules must be paths or patterns, got {self.modules!r}")
             elif not modules:
                 faults.append("modules must name at least one module; None stands for all")
+            elif any(len(p) > LONGEST_PATTERN and _is_glob(p) for p in modules):
+                faults.append(f"a pattern has at most {LONGEST_PATTERN} characters")
             else:
                 object.__setattr__(self, "modules", tuple(modules))
         raise_if([f"override of {self.adapter!r}: {fault}" for fault in faults])
@@ -193,17 +197,22 @@ def renamed_overrides(overrides: Overrides, names: Mapping[str, str]) -> Overrid
     return tuple(replace(o, adapter=names[o.adapter]) for o in overrides if o.adapter in names)
 
 
-def n_pattern_matches(overrides: Iterable[AdapterOverride], n_layers: int) -> int:
-    """Returns how many times a pattern is held against a path: the cost of reading a file."""
-    return n_layers * sum(
-        not _GLOB_CHARACTERS.isdisjoint(pattern) for o in overrides for pattern in o.patterns or ()
+def matching_cost(overrides: Iterable[AdapterOverride], layer_names: Sequence[str]) -> int:
+    """Returns about how many characters are compared to find the overrides' modules."""
+    per_character = sum(
+        1 + sum(len(p) if _is_glob(p) else 1 for p in o.patterns or ()) for o in overrides
     )
+    return per_character * sum(map(len, layer_names))
+
+
+def _is_glob(pattern: str) -> bool:
+    return not _GLOB_CHARACTERS.isdisjoint(pattern)
 
 
 @lru_cache(maxsize=1024)
 def _matching(pattern: str, layer_names: tuple[str, ...]) -> tuple[int, ...]:
     if pattern in layer_names:  # a path may have brackets in it
         return (layer_names.index(pattern),)
-    if _GLOB_CHARACTERS.isdisjoint(pattern):
+    if not _is_glob(pattern):
         return ()
     return tuple(n for n, name in enumerate(layer_names) if fnmatchcase(name, pattern))

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from xlora_core.config import SamplingParams
 from xlora_core.errors import RecordError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 _LARGEST = sys.float_info.max
 # A run id ends up in names of files and in cells of tables.
@@ -47,7 +47,8 @@ class RunHeader:
         sampling: How tokens were picked; holds the seed.
         prompt_text: The prompt as the model read it, chat template included.
         versions: Package -> version of what computed the run.
-        format_version: Version of the run file's format.
+        format_version: Version of the run file's format that this program knows. Files of older
+            versions are converted as they are read.
 
     Raises:
         RecordError: Listing every field that is malformed or contradicts another.

@@ -1,4 +1,8 @@
-"""The JSON header of a run file: written in full, read with suspicion."""
+"""The JSON header of a run file: written in full, read with suspicion.
+
+Version 2 knows overrides: ``overrides`` in an arm's knobs and ``override_sets`` in a track. A run
+without any is written as version 1, which every program reads.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, TypeVar
 
-from xlora_core.config import Arm, RoutingKnobs, SamplingParams
+from xlora_core.config import AdapterOverride, Arm, RoutingKnobs, SamplingParams
+from xlora_core.config.overrides import matching_cost
 from xlora_core.errors import RunFileError, XLoraError
 from xlora_core.recording.header import FORMAT_VERSION, RunHeader
 from xlora_core.recording.track import FINISH_REASONS, FinishReason, Track
@@ -15,13 +20,18 @@ from xlora_core.recording.track import FINISH_REASONS, FinishReason, Track
 # Far above any real run; a file beyond them is not worth the memory to find out.
 MOST_CHARACTERS = 32 * 2**20
 MOST_TRACKS = 256
+# Of holding the overrides' patterns against the modules' paths: some seconds of work.
+MOST_MATCHING = 2**31
+OVERRIDES_SINCE = 2
 
 # The prompt is a tensor of its own.
 _HEADER_KEYS = tuple(f.name for f in fields(RunHeader) if f.name != "prompt_text")
 _TRACK_KEYS = ("arm", "n_prompt", "finish_reason")
+_KNOB_KEYS = tuple(f.name for f in fields(RoutingKnobs))
+_KNOB_KEYS_BEFORE = tuple(key for key in _KNOB_KEYS if key != "overrides")
 _ARM_KEYS = tuple(f.name for f in fields(Arm))
 
-_Settings = TypeVar("_Settings", Arm, RoutingKnobs, SamplingParams)
+_Settings = TypeVar("_Settings", AdapterOverride, Arm, RoutingKnobs, SamplingParams)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +41,7 @@ class TrackFacts:
     arm: Arm
     n_prompt: int
     finish_reason: FinishReason | None
+    override_sets: tuple[tuple[AdapterOverride, ...], ...]
 
 
 def to_json(header: RunHeader, tracks: Sequence[Track]) -> str:
@@ -39,16 +50,11 @@ def to_json(header: RunHeader, tracks: Sequence[Track]) -> str:
     Raises:
         RunFileError: If a text would not come back as it was.
     """
+    version = needed_version(tracks)
     values: dict[str, Any] = {key: getattr(header, key) for key in _HEADER_KEYS}
+    values["format_version"] = version
     values["sampling"] = asdict(header.sampling)
-    values["tracks"] = [
-        {
-            "arm": asdict(track.arm),
-            "n_prompt": int(track.n_prompt),
-            "finish_reason": track.finish_reason,
-        }
-        for track in tracks
-    ]
+    values["tracks"] = [_of_track(track, version) for track in tracks]
     text = json.dumps(values, allow_nan=False)
     # JSON joins two halves of a character (lone surrogates) that stand side by side.
     if json.dumps(json.loads(text), ensure_ascii=False) != json.dumps(values, ensure_ascii=False):
@@ -59,8 +65,29 @@ def to_json(header: RunHeader, tracks: Sequence[Track]) -> str:
     return text
 
 
-def check_version(text: object) -> None:
-    """Checks, before anything else is looked at, that this version can read the header.
+def needed_version(tracks: Sequence[Track]) -> int:
+    """Returns the oldest format version that can hold the tracks."""
+    overridden = any(
+        track.override_sets or (track.arm.knobs is not None and track.arm.knobs.overrides)
+        for track in tracks
+    )
+    return OVERRIDES_SINCE if overridden else 1
+
+
+def _of_track(track: Track, version: int) -> dict[str, Any]:
+    arm = asdict(track.arm)
+    values = {"arm": arm, "n_prompt": int(track.n_prompt), "finish_reason": track.finish_reason}
+    if version >= OVERRIDES_SINCE:
+        values["override_sets"] = [
+            [asdict(o) for o in overrides] for overrides in track.override_sets
+        ]
+    elif arm["knobs"] is not None:
+        del arm["knobs"]["overrides"]
+    return values
+
+
+def check_version(text: object) -> int:
+    """Returns the header's version; checked before anything else is looked at.
 
     Raises:
         RunFileError: If the header is no JSON object, or of a newer version.
@@ -73,6 +100,7 @@ def check_version(text: object) -> None:
             f"the file has format version {version}, this program reads up to {FORMAT_VERSION}",
             hint="upgrade xlora-explorer to open it",
         )
+    return version
 
 
 def from_json(text: str, *, prompt_text: str) -> tuple[RunHeader, list[TrackFacts]]:
@@ -81,8 +109,10 @@ def from_json(text: str, *, prompt_text: str) -> tuple[RunHeader, list[TrackFact
     Raises:
         RunFileError: If it is no JSON, or a key is missing, unknown or has an impossible value.
     """
+    version = check_version(text)
     values = _parse(text)
     check_keys("header", values, (*_HEADER_KEYS, "tracks"))
+    values["format_version"] = FORMAT_VERSION
     tracks = values.pop("tracks")
     if not isinstance(tracks, list) or not 1 <= len(tracks) <= MOST_TRACKS:
         raise RunFileError(f"header: tracks must be a list of 1 to {MOST_TRACKS} tracks")
@@ -91,7 +121,14 @@ def from_json(text: str, *, prompt_text: str) -> tuple[RunHeader, list[TrackFact
         header = RunHeader(**values, prompt_text=prompt_text)
     except XLoraError as error:
         raise RunFileError(error.message) from error
-    return header, [_track_facts(f"header: tracks[{n}]", track) for n, track in enumerate(tracks)]
+    facts = [_track_facts(f"header: tracks[{n}]", track, version) for n, track in enumerate(tracks)]
+    overrides = [o for fact in facts for found in _all_overrides(fact) for o in found]
+    if matching_cost(overrides, header.layer_names) > MOST_MATCHING:
+        raise RunFileError(
+            f"header: {len(overrides):,} overrides for {header.n_lora_layers:,} modules are more "
+            "than a run file may have"
+        )
+    return header, facts
 
 
 def check_keys(where: str, values: object, expected: Sequence[str]) -> None:
@@ -135,8 +172,14 @@ def _no_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _track_facts(where: str, values: object) -> TrackFacts:
-    check_keys(where, values, _TRACK_KEYS)
+def _all_overrides(facts: TrackFacts) -> list[Sequence[AdapterOverride]]:
+    knobs = facts.arm.knobs
+    return [*facts.override_sets, *([knobs.overrides] if knobs is not None else [])]
+
+
+def _track_facts(where: str, values: object, version: int) -> TrackFacts:
+    has_overrides = version >= OVERRIDES_SINCE
+    check_keys(where, values, (*_TRACK_KEYS, *(["override_sets"] if has_overrides else [])))
     assert isinstance(values, Mapping)
     arm_values = values["arm"]
     check_keys(f"{where}.arm", arm_values, _ARM_KEYS)
@@ -144,7 +187,7 @@ def _track_facts(where: str, values: object) -> TrackFacts:
     if adapter is not None and not isinstance(adapter, str):
         raise RunFileError(f"{where}.arm: adapter must be text or null, got {adapter!r}")
     if knobs is not None:
-        knobs = _built(RoutingKnobs, f"{where}.arm.knobs", knobs)
+        knobs = _knobs(f"{where}.arm.knobs", knobs, has_overrides=has_overrides)
     arm = _built(Arm, f"{where}.arm", {**arm_values, "knobs": knobs})
     n_prompt, reason = values["n_prompt"], values["finish_reason"]
     if isinstance(n_prompt, bool) or not isinstance(n_prompt, int):
@@ -154,7 +197,30 @@ def _track_facts(where: str, values: object) -> TrackFacts:
             f"{where}: finish_reason must be null or one of {', '.join(FINISH_REASONS)}, "
             f"got {reason!r}"
         )
-    return TrackFacts(arm=arm, n_prompt=n_prompt, finish_reason=reason)
+    sets = values["override_sets"] if has_overrides else []
+    if not isinstance(sets, list):
+        raise RunFileError(f"{where}: override_sets must be a list, got {sets!r}")
+    return TrackFacts(
+        arm=arm,
+        n_prompt=n_prompt,
+        finish_reason=reason,
+        override_sets=tuple(
+            _overrides(f"{where}.override_sets[{n}]", found) for n, found in enumerate(sets)
+        ),
+    )
+
+
+def _knobs(where: str, values: object, *, has_overrides: bool) -> RoutingKnobs:
+    check_keys(where, values, _KNOB_KEYS if has_overrides else _KNOB_KEYS_BEFORE)
+    assert isinstance(values, Mapping)
+    overrides = _overrides(f"{where}.overrides", values.get("overrides", []))
+    return _built(RoutingKnobs, where, {**values, "overrides": overrides})
+
+
+def _overrides(where: str, values: object) -> tuple[AdapterOverride, ...]:
+    if not isinstance(values, list):
+        raise RunFileError(f"{where} must be a list of overrides, got {values!r}")
+    return tuple(_built(AdapterOverride, f"{where}[{n}]", o) for n, o in enumerate(values))
 
 
 def _built(kind: type[_Settings], where: str, values: object) -> _Settings:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from xlora_core.config import RoutingKnobs
+from xlora_core.config import AdapterOverride, RoutingKnobs
 from xlora_core.recording.buckets import SEGMENTS
 from xlora_core.recording.reroute import FloatArray, track_scalings
 from xlora_core.recording.texts import categorical
@@ -33,6 +33,7 @@ LONG_COLUMNS = (
     "top_k",
     "temperature",
     "global_weight",
+    "overrides",
 )
 # Rows per frame: some ten megabytes at a time, however long the run.
 FRAME_ROWS = 200_000
@@ -49,10 +50,11 @@ def long_tables(
 
     * ``text``: the token's piece; lone surrogates are written out as ``\udxxx``.
     * ``present``: False where the module has no weights of the adapter.
-    * ``scaling``: what PEFT logs; ``effective_scaling``: after top-k and global weight, and 0
-      where absent. Missing for a last token that was not read.
-    * ``top_k`` (0 keeps all), ``temperature``, ``global_weight``: in force at the token; missing
-      for an arm that has no knobs.
+    * ``scaling``: what PEFT logs; ``effective_scaling``: after top-k, overrides and global
+      weight, and 0 where absent. Missing for a last token that was not read.
+    * ``top_k`` (0 keeps all), ``temperature``, ``global_weight``, ``overrides`` (in words, such
+      as ``"math muted; code pinned at 0.5 in *.q_proj"``; empty without any): in force at the
+      token; missing for an arm that has no knobs.
 
     Args:
         run: The run.
@@ -61,7 +63,7 @@ def long_tables(
         frame_rows: About how many rows a frame has.
 
     Raises:
-        ConfigError: If there is no such arm, or top-k is larger than the number of adapters.
+        ConfigError: If there is no such arm, or knobs do not fit the run.
     """
     if arm is not None:
         run.track(arm)
@@ -88,6 +90,7 @@ class _TokenColumns:
         self._scalings = track_scalings(run.header, self._track, knobs)
         self._effective = track_scalings(run.header, self._track, knobs, effective=True)
         self._knobs = _knob_columns(run, arm, knobs)
+        self._overrides, self._override_texts = _override_column(run, arm, knobs)
         # Frames of all arms share their categories, so that they can be joined.
         self._first_text = sum(track.n_tokens for track in run.tracks[:arm])
         self._texts = [piece for track in run.tracks for piece in track.pieces]
@@ -117,6 +120,10 @@ class _TokenColumns:
         }
         for name, values in self._knobs.items():
             columns[name] = _nullable(values, token)
+        # Beyond the last known row: the code of a missing value.
+        known = np.append(self._overrides, -1)
+        codes = known[np.minimum(token, len(self._overrides))]
+        columns["overrides"] = categorical(codes, self._override_texts)
         return pd.DataFrame(columns, columns=pd.Index(LONG_COLUMNS))
 
 
@@ -136,6 +143,25 @@ def _knob_columns(run: Run, arm: int, knobs: RoutingKnobs | None) -> dict[str, N
         name: np.full(n_rows, override[name], dtype=values.dtype)
         for name, values in recorded.items()
     }
+
+
+def _override_column(
+    run: Run, arm: int, knobs: RoutingKnobs | None
+) -> tuple[NDArray[np.int64], list[str]]:
+    """Returns each row's number ``[R]`` of a text, and the texts of all overrides of the run."""
+    track = run.tracks[arm]
+    n_rows = track.n_routed if track.router_logits is not None else 0
+    if knobs is not None:
+        return np.zeros(n_rows, dtype=np.int64), [override_text(knobs.overrides)]
+    # Frames of all arms share their categories, so that they can be joined.
+    texts = [override_text(found) for t in run.tracks for found in ((), *t.override_sets)]
+    first = sum(1 + len(t.override_sets) for t in run.tracks[:arm])
+    return track.override_set[:n_rows].astype(np.int64) + first, texts
+
+
+def override_text(overrides: Sequence[AdapterOverride]) -> str:
+    """Returns overrides in words; of two for the same adapter and module the later one holds."""
+    return "; ".join(override.label for override in overrides)
 
 
 def _filled(values: FloatArray, shape: tuple[int, int, int]) -> FloatArray:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from xlora_core.config import Arm, RoutingKnobs
+from xlora_core.config import AdapterOverride, Arm, RoutingKnobs
 from xlora_core.errors import RecordError
 from xlora_core.recording.header import RunHeader
 from xlora_core.recording.run import Run
@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 _LARGEST_FLOAT16 = float(np.finfo(np.float16).max)
 _LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 _SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
-_KNOBS = ("top_k", "temperature", "global_weight")
+# Knob -> the value that changes nothing.
+_NEUTRAL = {"top_k": 0, "temperature": 1, "global_weight": 1, "override_set": 0}
 
 
 class TrackRecorder:
@@ -60,6 +61,8 @@ class TrackRecorder:
         self._lock = threading.Lock()
         self._version = 0
         self._pieces: list[str] = []
+        # Set of overrides -> its number from 1, in order of first use.
+        self._override_sets: dict[tuple[AdapterOverride, ...], int] = {}
         self._n_tokens = self._n_prompt = self._n_logits = self._n_knobs = 0
         self._logits_clipped = False
         self._finish_reason: FinishReason | None = None
@@ -75,7 +78,7 @@ class TrackRecorder:
         }
         if n_routed_layers is None:
             # No knob acts on such an arm: the values that change nothing.
-            for name, value in zip(_KNOBS, (0, 1, 1), strict=True):
+            for name, value in _NEUTRAL.items():
                 self._arrays[name].fill(value)
 
     @property
@@ -185,6 +188,8 @@ class TrackRecorder:
     def set_knobs(self, start_row: int, n: int, knobs: RoutingKnobs) -> None:
         """Adds the knobs in force at the next n tokens.
 
+        Whether overrides fit the model is for the caller to know: a recorder has no names.
+
         Raises:
             RecordError: If rows are left out or written twice, or belong to tokens that are not
                 there yet, or the arm is not routed.
@@ -201,6 +206,7 @@ class TrackRecorder:
             self._arrays["temperature"][start_row:end] = temperature
             weight = min(max(knobs.global_weight, -_LARGEST_FLOAT32), _LARGEST_FLOAT32)
             self._arrays["global_weight"][start_row:end] = weight
+            self._arrays["override_set"][start_row:end] = self._number_of(tuple(knobs.overrides))
             self._n_knobs = end
             self._version += 1
 
@@ -233,6 +239,7 @@ class TrackRecorder:
             counts = {"tokens": self._n_tokens, "rows": self._n_routed()}
             pieces = self._pieces.copy()
             n_prompt, finish_reason = self._n_prompt, self._finish_reason
+            override_sets = tuple(self._override_sets)
         # Outside the lock: rows below the counts are never written again.
         cut: dict[str, Any] = {}
         for name, array in self._arrays.items():
@@ -242,8 +249,22 @@ class TrackRecorder:
         if self.arm.kind != "routed":
             cut["router_logits"] = None
         return Track(
-            arm=self.arm, pieces=pieces, n_prompt=n_prompt, finish_reason=finish_reason, **cut
+            arm=self.arm,
+            pieces=pieces,
+            n_prompt=n_prompt,
+            finish_reason=finish_reason,
+            override_sets=override_sets,
+            **cut,
         )
+
+    def _number_of(self, overrides: tuple[AdapterOverride, ...]) -> int:
+        """Returns the number of a set of overrides, a new one if it has none yet; 0: no overrides.
+
+        Called while the lock is held.
+        """
+        if not overrides:
+            return 0
+        return self._override_sets.setdefault(overrides, len(self._override_sets) + 1)
 
     def _n_routed(self) -> int:
         return min(self._n_logits, self._n_knobs) if self.arm.kind == "routed" else self._n_tokens

@@ -12,7 +12,12 @@ from torch import Tensor
 from xlora_core.config import RoutingKnobs
 from xlora_core.recording.header import RunHeader
 from xlora_core.recording.track import Track
-from xlora_core.routing import effective_scalings, scalings_from_logits
+from xlora_core.routing import (
+    OverrideMatrix,
+    effective_scalings,
+    override_matrix,
+    scalings_from_logits,
+)
 
 FloatArray = NDArray[np.float32]
 
@@ -29,18 +34,18 @@ def track_scalings(
         track: One of the run's tracks.
         knobs: For all tokens, instead of those in force at each token. Without effect on an arm
             that is not routed.
-        effective: After top-k and global weight, instead of before.
+        effective: After top-k, overrides and global weight, instead of before.
 
     Returns:
         ``[R, L, K]`` float32; ``[R, 1, K]`` if all modules share them.
 
     Raises:
-        ConfigError: If top-k is larger than the number of adapters.
+        ConfigError: If knobs do not fit the run's adapters and modules.
     """
     if track.router_logits is None:
         return _constant(header, track)
     if knobs is not None:
-        knobs.check(header.n_adapters)
+        knobs.check_names(header.adapter_names, header.layer_names)
         top_k: int | Tensor | None = knobs.top_k
         temperature: float | Tensor = knobs.temperature
         global_weight: float | Tensor = knobs.global_weight
@@ -58,9 +63,37 @@ def track_scalings(
             scalings,
             top_k=top_k,
             enable_softmax_topk=header.enable_softmax_topk,
+            overrides=_overrides(header, track, knobs),
             global_weight=global_weight,
         )
     return np.asarray(scalings.numpy(), dtype=np.float32)
+
+
+def _overrides(
+    header: RunHeader, track: Track, knobs: RoutingKnobs | None
+) -> OverrideMatrix | None:
+    """Returns the overrides of given knobs, or those in force at each token; None: there are none.
+
+    ``[L or 1, K]`` if they are the same for all tokens, else ``[R, L or 1, K]``.
+    """
+    names = header.layer_names, header.adapter_names
+    if knobs is not None:
+        return override_matrix(knobs, *names)
+    numbers, which = np.unique(track.override_set, return_inverse=True)
+    if not numbers.any():
+        return None
+    sets = [track.override_sets[n - 1] if n else () for n in numbers.tolist()]
+    found = [override_matrix(RoutingKnobs(overrides=overrides), *names) for overrides in sets]
+    if len(found) == 1:
+        return found[0]
+    n_rows = max(len(matrix.factor) for matrix in found if matrix is not None)
+    shape = (len(sets), n_rows, header.n_adapters)
+    factor, pin = torch.ones(shape), torch.zeros(shape)
+    for n, matrix in enumerate(found):
+        if matrix is not None:
+            factor[n], pin[n] = matrix
+    rows = torch.from_numpy(which)
+    return OverrideMatrix(factor[rows], pin[rows])
 
 
 def _constant(header: RunHeader, track: Track) -> FloatArray:

@@ -95,10 +95,12 @@ def encode(header: RunHeader, tracks: Sequence[Track]) -> bytes:
             "the run cannot be saved: " + "; ".join(faults), hint="record the run again"
         )
     arrays: Arrays = {"prompt_text": _to_array(texts.to_bytes(header.prompt_text))}
+    stored = _stored(header_json.needed_version(tracks))
     for n, track in enumerate(tracks):
         pieces = [texts.to_bytes(piece) for piece in track.pieces]
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
-        of_track = track.arrays() | {"piece_bytes": _to_array(b"".join(pieces)), "piece_ends": ends}
+        of_track = {name: array for name, array in track.arrays().items() if name in stored}
+        of_track |= {"piece_bytes": _to_array(b"".join(pieces)), "piece_ends": ends}
         arrays |= {f"tracks.{n}.{name}": array for name, array in of_track.items()}
     arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     text = header_json.to_json(header, tracks)
@@ -123,7 +125,9 @@ def decode(data: bytes, name: str) -> tuple[RunHeader, list[Track]]:
         header, facts = header_json.from_json(
             metadata["header"], prompt_text=_text(arrays.get("prompt_text"), "prompt_text")
         )
-        _check_names(arrays, {"prompt_text"}.union(*(_names(n, f) for n, f in enumerate(facts))))
+        stored = _stored(header_json.check_version(metadata["header"]))
+        expected = (_names(n, fact, stored) for n, fact in enumerate(facts))
+        _check_names(arrays, {"prompt_text"}.union(*expected))
         tracks = [_track(header, n, fact, arrays) for n, fact in enumerate(facts)]
         if metadata["sha256"] != _digest(metadata["header"], arrays):
             raise RunFileError("the contents do not have the checksum that 'sha256' says")
@@ -177,8 +181,14 @@ def _arrays(data: bytes) -> Arrays:
     return arrays
 
 
-def _names(n: int, facts: header_json.TrackFacts) -> set[str]:
-    fields = {*ARRAYS, "piece_bytes", "piece_ends"}
+def _stored(version: int) -> set[str]:
+    """Returns which arrays of a track a file of a format version has."""
+    later = {"override_set"} if version < header_json.OVERRIDES_SINCE else set()
+    return set(ARRAYS) - later
+
+
+def _names(n: int, facts: header_json.TrackFacts, stored: set[str]) -> set[str]:
+    fields = {*stored, "piece_bytes", "piece_ends"}
     if facts.arm.kind != "routed":
         fields.remove("router_logits")
     return {f"tracks.{n}.{field}" for field in fields}
@@ -193,6 +203,9 @@ def _check_names(arrays: Arrays, expected: set[str]) -> None:
 
 def _track(header: RunHeader, n: int, facts: header_json.TrackFacts, arrays: Arrays) -> Track:
     fields = {name: arrays.get(f"tracks.{n}.{name}") for name in ARRAYS}
+    if fields["override_set"] is None:
+        # A file of version 1, which knew no overrides.
+        fields["override_set"] = np.zeros(arrays[f"tracks.{n}.top_k"].shape, dtype=np.int32)
     for name, array in fields.items():
         n_dimensions = ARRAYS[name][1]
         if array is not None and array.ndim != n_dimensions:
@@ -204,6 +217,7 @@ def _track(header: RunHeader, n: int, facts: header_json.TrackFacts, arrays: Arr
         n_prompt=facts.n_prompt,
         finish_reason=facts.finish_reason,
         pieces=_pieces(n, arrays),
+        override_sets=facts.override_sets,
         **fields,  # type: ignore[arg-type]  # _check_names has left None to router_logits alone
     )
     faults = shape_faults(track, header) or value_faults(track, header)

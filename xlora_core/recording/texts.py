@@ -24,12 +24,13 @@ def categorical(codes: NDArray[Any], texts: Iterable[str]) -> pd.Categorical:
     """Returns a column that stores each text once.
 
     Args:
-        codes: ``[rows]``, the number of each row's text; truth values count as 0 and 1.
+        codes: ``[rows]``, the number of each row's text, -1 where it has none; truth values
+            count as 0 and 1.
         texts: The texts; equal ones share a category.
     """
     numbers: dict[str, int] = {}
     of_text = [numbers.setdefault(printable(text), len(numbers)) for text in texts]
-    row_codes = np.array(of_text, dtype=np.int64)[codes.astype(np.int64)]
+    row_codes = np.array([*of_text, -1], dtype=np.int64)[codes.astype(np.int64)]
     dtype = pd.CategoricalDtype(pd.Index(list(numbers), dtype="str"))
     return pd.Categorical.from_codes(row_codes, dtype=dtype)
 

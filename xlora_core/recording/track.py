@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from xlora_core.config import Arm
+from xlora_core.config import AdapterOverride, Arm, RoutingKnobs
 from xlora_core.errors import ConfigError
 from xlora_core.recording.header import RunHeader
 
@@ -22,6 +22,7 @@ ARRAYS: dict[str, tuple[type[np.generic], int, str]] = {
     "top_k": (np.int16, 1, "rows"),
     "temperature": (np.float32, 1, "rows"),
     "global_weight": (np.float32, 1, "rows"),
+    "override_set": (np.int32, 1, "rows"),
     "logprob": (np.float32, 1, "tokens"),
     "base_logprob": (np.float32, 1, "tokens"),
     "alternative_ids": (np.int32, 2, "tokens"),
@@ -48,6 +49,9 @@ class Track:
         top_k: ``[R]`` int16, in force at the token; 0 keeps all.
         temperature: ``[R]`` float32, in force at the token.
         global_weight: ``[R]`` float32, in force at the token.
+        override_set: ``[R]`` int32, which overrides were in force at the token: 0 none, n those
+            of ``override_sets[n - 1]``.
+        override_sets: The distinct sets of overrides that occur, in order of their first use.
         logprob: ``[T]`` float32, natural log-probability of the token under the arm when it was
             chosen; NaN for the prompt.
         base_logprob: ``[T]`` float32, the same under the base model; NaN where not known.
@@ -66,6 +70,8 @@ class Track:
     top_k: NDArray[np.int16]
     temperature: NDArray[np.float32]
     global_weight: NDArray[np.float32]
+    override_set: NDArray[np.int32]
+    override_sets: tuple[tuple[AdapterOverride, ...], ...] = ()
     logprob: NDArray[np.float32]
     base_logprob: NDArray[np.float32]
     alternative_ids: NDArray[np.int32]
@@ -82,6 +88,28 @@ class Track:
     def n_routed(self) -> int:
         """R, the tokens whose scalings are known; T for an arm that is not routed."""
         return self.n_tokens if self.router_logits is None else len(self.router_logits)
+
+    def overrides(self, row: int) -> tuple[AdapterOverride, ...]:
+        """Returns the overrides in force at a token."""
+        index = int(self.override_set[row])
+        return self.override_sets[index - 1] if index else ()
+
+    def knobs(self, row: int) -> RoutingKnobs:
+        """Returns the knobs in force at a token whose routing is known, as they were recorded."""
+        return RoutingKnobs(
+            top_k=int(self.top_k[row]) or None,
+            temperature=float(self.temperature[row]),
+            global_weight=float(self.global_weight[row]),
+            overrides=self.overrides(row),
+        )
+
+    def knob_changes(self) -> list[int]:
+        """Returns the rows at which other knobs came into force; row 0 first, if there is one."""
+        if self.router_logits is None or not self.n_routed:
+            return []
+        columns = (self.top_k, self.temperature, self.global_weight, self.override_set)
+        changed = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+        return [0, *(np.flatnonzero(changed) + 1).tolist()]
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Returns field name -> array, without the router logits of an arm that has none."""
@@ -109,11 +137,17 @@ def shape_faults(track: Track, header: RunHeader) -> list[str]:
     faults = []
     if track.arm.kind == "expert" and track.arm.adapter not in header.adapter_names:
         faults.append(f"arm: the run has no adapter {track.arm.adapter!r}")
+    names = header.adapter_names, header.layer_names
     if track.arm.knobs is not None:
         try:
-            track.arm.knobs.check(header.n_adapters)
+            track.arm.knobs.check_names(*names)
         except ConfigError as error:
             faults.append(f"arm: {error.message}")
+    for index, overrides in enumerate(track.override_sets):
+        try:
+            RoutingKnobs(overrides=overrides).check_names(*names)
+        except ConfigError as error:
+            faults.append(f"override_sets[{index}]: {error.message}")
     for name, array in track.arrays().items():
         dtype, _, counted = ARRAYS[name]
         expected = (counts[counted], *inner.get(name, ()))
@@ -156,6 +190,11 @@ def value_faults(track: Track, header: RunHeader) -> list[str]:
             "values must be finite and > 0",
         ),
         ("global_weight", np.all(np.isfinite(track.global_weight)), "values must be finite"),
+        (
+            "override_set",
+            np.all((track.override_set >= 0) & (track.override_set <= len(track.override_sets))),
+            f"values must be from 0 (none) to {len(track.override_sets)} (the sets recorded)",
+        ),
         ("alternative_ids", np.all(track.alternative_ids >= -1), "ids must be >= -1"),
         (
             "seconds",
