@@ -88,8 +88,8 @@ def test_a_module_that_cannot_carry_experts() -> None:
 def test_weights_of_another_kind_than_the_module() -> None:
     error = refusal(tiny_base(), adapter("a", {"model.embed_tokens": (32, 97)}))
     assert error.message == (
-        "adapter 'a', module model.embed_tokens: the module is of class Embedding, the adapter has no "
-        "embedding's weights for it"
+        "adapter 'a', module model.embed_tokens: the module is of class Embedding, the adapter "
+        "has no embedding's weights for it"
     )
 
 
@@ -99,7 +99,6 @@ def test_a_module_that_carries_experts_already() -> None:
     error = refusal(model, adapter("b", {FIRST: (32, 32)}))
     assert error.message == (f"adapter 'b', module {FIRST}: the module carries experts already")
     assert error.hint == "load a fresh base model for every XLoraModel"
-
 
 
 def test_sizes_of_linear_like_layers() -> None:

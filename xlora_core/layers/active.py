@@ -65,7 +65,8 @@ class TokenScalings:
         of_layer = self._of_layer
         scalings = of_layer[layer.layer_index if len(of_layer) > 1 else 0]  # [B, T, K]
         leading, tokens = layer.token_shape(x), scalings.shape[:-1]
-        if leading == tokens:
+        # One row of positions may serve a whole batch; its mixture differs from text to text.
+        if leading in (tokens, (1, *tokens[1:])):
             return scalings
         if tokens.numel() == 1:
             return scalings.flatten()

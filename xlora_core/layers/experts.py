@@ -71,7 +71,7 @@ class XLoraLayer(nn.Module):
         self.lora_B = nn.Parameter(stack_B.to(device, dtype), requires_grad=trainable)
         biases = [w.bias for w in experts.values()]
         if any(bias is not None for bias in biases):
-            zero = torch.zeros(stack_B.shape[0])
+            zero = torch.zeros(stack_B.shape[0], dtype=stack_B.dtype)
             stacked = torch.stack([zero if bias is None else bias.to(zero) for bias in biases])
             self.lora_bias: nn.Parameter | None = nn.Parameter(
                 stacked.to(device, dtype), requires_grad=trainable
