@@ -10,9 +10,8 @@ import torch
 from peft import PeftModel
 
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_lora
-from xlora_core import checkpoint
-from xlora_core.checkpoint import CLASSIFIER_FILE, HEADER_FILE
-from xlora_core.config import XLoraConfig
+from xlora_core.checkpoint import CLASSIFIER_FILE, HEADER_FILE, files, own_layout
+from xlora_core.config import AdapterOverride, XLoraConfig
 from xlora_core.errors import CheckpointError
 from xlora_core.model import XLoraModel
 
@@ -73,6 +72,7 @@ def test_every_field_and_setter_is_saved(tmp_path: Path) -> None:
         enable_softmax_topk=True,
         top_k_lora=1,
         use_trainable_adapters=True,
+        adapter_overrides=[AdapterOverride.pin("1", 0.5, "*.q_proj"), AdapterOverride.mute("2")],
     )
     model.set_topk_lora(2)
     model.set_global_scaling_weight(0.75)
@@ -94,6 +94,11 @@ def test_every_field_and_setter_is_saved(tmp_path: Path) -> None:
         "top_k_lora": 2,
         "scaling_pass_value": 1 / 3,
         "global_scaling_weight": 0.75,
+        "router": "classifier",
+        "adapter_overrides": (
+            {"adapter": "1", "kind": "pin", "value": 0.5, "modules": ("*.q_proj",)},
+            {"adapter": "2", "kind": "mute", "value": None, "modules": None},
+        ),
     }
 
 
@@ -181,10 +186,13 @@ def test_a_foreign_folder_or_file_is_not_overwritten(model: XLoraModel, tmp_path
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.tex").write_text("years of work")
-    for target in (mine, mine / "thesis.tex"):
+    for target, what in (
+        (mine, "is not an X-LoRA checkpoint folder"),
+        (mine / "thesis.tex", "is a file"),
+    ):
         with pytest.raises(CheckpointError) as caught:
             model.save_pretrained(target)
-        assert caught.value.message == f"{target} exists and is not an X-LoRA checkpoint folder"
+        assert caught.value.message == f"{target} exists and {what}"
         assert caught.value.hint == "choose a new or empty folder"
     assert (mine / "thesis.tex").read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -218,9 +226,9 @@ def test_a_failed_save_leaves_the_old_checkpoint(
         replace(source, target)
 
     if moves:
-        monkeypatch.setattr(checkpoint.os, "replace", failing_replace)
+        monkeypatch.setattr(files.os, "replace", failing_replace)
     else:
-        monkeypatch.setattr(checkpoint, "save_file", disk_full)
+        monkeypatch.setattr(own_layout, "save_file", disk_full)
     model.set_global_scaling_weight(9.0)
     with pytest.raises(CheckpointError, match="cannot be written: .*No space left on device"):
         model.save_pretrained(saved)

@@ -49,14 +49,16 @@ def test_a_missing_folder(tmp_path: Path) -> None:
     error = refusal(tmp_path / "nowhere")
     assert error.message == f"checkpoint folder {tmp_path / 'nowhere'} does not exist"
     assert error.hint == (
-        "give a folder that XLoraModel.save_pretrained wrote (it holds xlora.json)"
+        "give a folder that XLoraModel.save_pretrained wrote (it holds xlora.json), or one of "
+        "PEFT's or the original xlora package's X-LoRA checkpoints"
     )
 
 
 def test_a_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     assert refusal(tmp_path).message == (
-        f"{tmp_path} is not an X-LoRA checkpoint of this project, it has no xlora.json"
+        f"{tmp_path} is not an X-LoRA checkpoint: it has no xlora.json (ours), no "
+        "adapter_config.json (PEFT's) and no xlora_config.json (the original xlora package's)"
     )
 
 
@@ -72,10 +74,10 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
 
 
 def test_a_newer_version(saved: Path) -> None:
-    edit_header(saved, lambda h: h.update(version=2))
+    edit_header(saved, lambda h: h.update(version=3))
     error = refusal(saved)
     assert error.message == (
-        f"{saved / HEADER_FILE} has format version 2, this program reads up to 1"
+        f"{saved / HEADER_FILE} has format version 3, this program reads up to 2"
     )
     assert error.hint == "update xlora-explorer"
 
@@ -129,10 +131,9 @@ def test_a_link_that_leads_out_of_the_folder(saved: Path, tmp_path: Path) -> Non
 
 def test_a_config_with_faults(saved: Path) -> None:
     edit_header(saved, lambda h: h["config"].update(top_k_lora=4, softmax_temperature=0, bogus=1))
-    assert refusal(saved).message == (f"{saved / HEADER_FILE}: unknown X-LoRA config keys: 'bogus'")
-    edit_header(saved, lambda h: h["config"].pop("bogus"))
     assert refusal(saved).message == (
-        f"{saved / HEADER_FILE}: softmax_temperature must be finite and > 0, got 0\n"
+        f"{saved / HEADER_FILE}: unknown X-LoRA config keys: 'bogus'\n"
+        "softmax_temperature must be finite and > 0, got 0\n"
         "top_k_lora must be None or a whole number from 1 to 3 (the number of adapters), got 4"
     )
 
@@ -194,14 +195,25 @@ def test_another_base_model(saved: Path) -> None:
     assert caught.value.hint == "load the base model the checkpoint was trained on"
 
 
-def test_an_edited_order_of_modules(saved: Path) -> None:
-    edit_header(saved, lambda h: h["layer_names"].reverse())
+def test_modules_that_the_experts_do_not_adapt(saved: Path) -> None:
+    edit_header(saved, lambda h: h["layer_names"].__setitem__(0, "model.layers.7.mlp"))
     error = refusal(saved)
     assert error.message == (
-        f"{saved}: its adapters fit 14 modules of this model in another order or number than "
-        "the 14 it was trained with"
+        f"{saved}: its adapters fit 14 modules of this model, it was trained with 14: no expert "
+        "adapts model.layers.7.mlp; it does not know model.layers.0.self_attn.q_proj"
     )
     assert error.hint == "use the experts it was trained with"
+
+
+def test_a_module_named_twice(saved: Path) -> None:
+    edit_header(saved, lambda h: h["layer_names"].append(h["layer_names"][0]))
+    edit_classifier(
+        saved, lambda t: t.update({k: torch.cat([t[k], t[k][:3]]) for k in t if "3" in k})
+    )
+    assert refusal(saved).message == (
+        f"{saved}: its adapters fit 14 modules of this model, it was trained with 15: "
+        "it names a module twice"
+    )
 
 
 def test_another_adapter_with_other_targets_does_not_fit_the_classifier(
@@ -209,7 +221,9 @@ def test_another_adapter_with_other_targets_does_not_fit_the_classifier(
 ) -> None:
     other = write_lora(tmp_path / "other", tiny_base(), ("lm_head",))
     error = refusal(saved, adapters={"1": other})
-    assert "fit 15 modules of this model in another order or number than the 14" in error.message
+    assert "fit 15 modules of this model, it was trained with 14: it does not know lm_head" in (
+        error.message
+    )
 
 
 def exchange_weights(expert: Path) -> None:
