@@ -117,29 +117,39 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         hf_model: PreTrainedModel,
         folder: str | Path,
         adapters: Mapping[str, str | Path] | None = None,
+        *,
+        ordering: str | Path | None = None,
     ) -> XLoraModel:
         """Returns the model of a checkpoint folder.
 
         Args:
             hf_model: The base model the checkpoint was trained on.
-            folder: As ``save_pretrained`` wrote it.
+            folder: As ``save_pretrained``, PEFT or the original ``xlora`` package wrote it.
             adapters: Adapter name -> another folder to read that expert from.
+            ordering: mistral.rs's ordering file, for an original checkpoint whose classifier
+                lists the modules in another order than the base model.
 
         Raises:
             CheckpointError: If the folder is damaged, or belongs to another base model.
             AdapterError: If an expert cannot be read or does not fit.
         """
-        checkpoint = read_checkpoint(folder, adapters)
-        check_fits(folder, checkpoint, hf_model)
+        checkpoint = read_checkpoint(folder, adapters, ordering=ordering)
+        checkpoint = check_fits(folder, checkpoint, hf_model)
         model = cls(hf_model, checkpoint.config, checkpoint.adapters)
         model.classifier.load_state_dict(dict(checkpoint.classifier))
         return model
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes a self-contained checkpoint: classifier, experts, names, module order.
+    def save_pretrained(self, folder: str | Path, *, bundle: bool = True) -> None:
+        """Writes a checkpoint: classifier, experts, names, module order.
+
+        Args:
+            folder: A new or empty folder, or a checkpoint to replace.
+            bundle: Copy the experts into it, so that it needs nothing else. False stores only
+                where they were read, and a hash of each.
 
         Raises:
-            CheckpointError: If the folder holds something else, or cannot be written.
+            CheckpointError: If the folder holds something else, or cannot be written; or if an
+                expert to be referenced was trained, or changed on disk, since it was read.
         """
         self._check_not_merged()
         write_checkpoint(
@@ -151,6 +161,7 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
                 layer_names=self.lora_layer_names,
                 base=base_identity(self.base_model.config),
             ),
+            bundle=bundle,
         )
 
     def _current_adapters(self) -> list[LoraAdapter]:
