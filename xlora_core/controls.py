@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from xlora_core.config import RoutingKnobs, XLoraConfig
-from xlora_core.layers import ActiveScalings
+from xlora_core.layers import ActiveScalings, XLoraLayer
 from xlora_core.scalings_log import ScalingsLog
 from xlora_core.steering import AdapterSteering
 
@@ -28,6 +29,11 @@ class XLoraControls(AdapterSteering):
     scalings_log: ScalingsLog
 
     @property
+    def lora_layers(self) -> list[XLoraLayer]:
+        """The L adapted modules in order."""
+        raise NotImplementedError
+
+    @property
     def config_xlora(self) -> XLoraConfig:
         """The X-LoRA config with every setter's change in it."""
         return self._config_xlora
@@ -38,8 +44,9 @@ class XLoraControls(AdapterSteering):
         return RoutingKnobs.from_config(self._config_xlora)
 
     def get_latest_scalings(self) -> Tensor | None:
-        """Returns ``[B, T, L, K]`` of the last forward call, cached tokens included; or None.
+        """Returns ``[B, T, L, K]`` of the last forward call, cached tokens included.
 
+        None before the first call, after one with the adapters off, and when the log was cleared.
         Before top-k and global weight, as PEFT logs them. With several threads the last call
         may be another thread's: ask ``scaling_pass`` for what belongs to one call.
         """
@@ -54,8 +61,8 @@ class XLoraControls(AdapterSteering):
         self.scalings_log.enabled = False
 
     def clear_scalings_log(self) -> None:
-        """Forgets what was logged."""
-        self.scalings_log.entries.clear()
+        """Forgets what was logged, and the latest scalings."""
+        self.scalings_log.clear()
 
     def get_scalings_log(self) -> list[Tensor]:
         """Returns one tensor ``[B, T, L, K]`` per forward call.
@@ -117,6 +124,23 @@ class XLoraControls(AdapterSteering):
             ConfigError: If it is not finite and > 0.
         """
         self._set(softmax_temperature=temperature)
+
+    def set_use_trainable_adapters(self, value: bool) -> None:
+        """Lets the experts learn together with the router, or freezes them.
+
+        Experts that learn are float32 at least, also under a narrower base model.
+        """
+        self._set(use_trainable_adapters=value)
+        for layer in self.lora_layers:
+            for parameter in layer.parameters(recurse=False):
+                if value:
+                    wide = torch.promote_types(parameter.dtype, torch.float32)
+                    parameter.data = parameter.data.to(wide)
+                parameter.requires_grad_(value)
+
+    def get_use_trainable_adapters(self) -> bool:
+        """Returns whether the experts learn together with the router."""
+        return self._config_xlora.use_trainable_adapters
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ from xlora_core.checkpoint import (
 )
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs, XLoraConfig
-from xlora_core.errors import AdapterError, ConfigError, ModelError
+from xlora_core.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from xlora_core.generation import XLoraGeneration
 from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
 from xlora_core.kv_cache import DualCache
@@ -60,6 +60,11 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             raise AdapterError(
                 "an X-LoRA model needs at least one adapter, got none",
                 hint='name them in the config: XLoraConfig(adapters={"math": "path/to/lora"})',
+            )
+        if not isinstance(base_model, PreTrainedModel):
+            raise ModelError(
+                f"the base model is a {type(base_model).__name__}, expected one of transformers'",
+                hint="load it with AutoModelForCausalLM, or another class of that family",
             )
         if base_model.config.is_encoder_decoder:
             raise ModelError(
@@ -139,19 +144,29 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         model.classifier.load_state_dict(dict(checkpoint.classifier))
         return model
 
-    def save_pretrained(self, folder: str | Path, *, bundle: bool = True) -> None:
+    def save_pretrained(
+        self, folder: str | Path, *, bundle: bool = True, safe_serialization: bool = True
+    ) -> None:
         """Writes a checkpoint: classifier, experts, names, module order.
 
         Args:
             folder: A new or empty folder, or a checkpoint to replace.
             bundle: Copy the experts into it, so that it needs nothing else. False stores only
                 where they were read, and a hash of each.
+            safe_serialization: PEFT's argument; False would be a pickle and is refused.
 
         Raises:
-            CheckpointError: If the folder holds something else, or cannot be written; or if an
-                expert to be referenced was trained, or changed on disk, since it was read.
+            CheckpointError: If the folder holds something else, or cannot be written; if an
+                expert to be referenced was trained, or changed on disk, since it was read; or
+                if a pickle is asked for.
         """
         self._check_not_merged()
+        if not safe_serialization:
+            raise CheckpointError(
+                "safe_serialization=False asks for a pickle; pickles can run code when they are "
+                "read and are never written",
+                hint="leave it out: checkpoints are safetensors files",
+            )
         write_checkpoint(
             folder,
             Checkpoint(
@@ -277,7 +292,9 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             "use_cache": use_cache,
         }
         scalings = None
-        if not disabled:
+        if disabled:
+            self.scalings_log.add_nothing()
+        else:
             cache = past_key_values.scaling if past_key_values is not None else None
             hidden, _ = self._scaling_hidden(knobs, inputs | {"past_key_values": cache}, False)
             # Outside the scaling pass's no_grad: this is where the classifier learns.
@@ -335,6 +352,15 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         self._merged = True
         merged: PreTrainedModel = self.base_model
         return merged
+
+    def unload(self) -> PreTrainedModel:
+        """Returns the base model as it was, without experts; this object is spent afterwards."""
+        self._check_not_merged()
+        for path, layer in self._layers.items():
+            self.base_model.set_submodule(path, layer.base_layer)
+        self._merged = True
+        plain: PreTrainedModel = self.base_model
+        return plain
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turns gradient checkpointing on; unlike in PEFT, the classifier still learns."""

@@ -49,6 +49,15 @@ class ScalingsLog:
         if self.enabled:
             self.entries.append(entry)
 
+    def add_nothing(self) -> None:
+        """Notes a forward call without scalings: what came before is not the latest any more."""
+        self._last = None
+
+    def clear(self) -> None:
+        """Forgets all entries, and the latest one."""
+        self.entries.clear()
+        self._last = None
+
     def latest(self) -> Tensor | None:
         """Returns ``[B, T, L, K]`` of the last forward call, or None."""
         return None if self._last is None else self._last.tensor()

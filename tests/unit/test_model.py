@@ -197,11 +197,12 @@ def test_latest_scalings_and_the_log(model: XLoraModel) -> None:
     torch.testing.assert_close(log[1].sum(-1), torch.ones(2, 4, 14, dtype=torch.float64))
     torch.testing.assert_close(log[1], log[0][:, :4], **NEAR)
     assert {t: at for t, (at, _) in model.get_bucketed_scalings_log().items()} == {9: [0], 4: [1]}
-    model.clear_scalings_log()
-    assert model.get_scalings_log() == []
     latest = model.get_latest_scalings()
     assert latest is not None
     assert latest.shape == (1, 9, 14, 3)
+    model.clear_scalings_log()
+    assert model.get_scalings_log() == []
+    assert model.get_latest_scalings() is None
 
 
 # ---------------------------------------------------------------- setters
