@@ -136,7 +136,7 @@ def without_experts(model: XLoraModel, scalings: Tensor, ids: Tensor) -> Tensor:
             continue
         inner, experts, index = layer.base_layer, layer.experts(), layer.layer_index
 
-        def add(_: object, args: tuple[Tensor], y: Tensor, e=experts, i=index) -> Tensor:  # noqa: ANN001
+        def add(_: object, args: tuple[Tensor], y: Tensor, e=experts, i=index) -> Tensor:
             for k, w in e.items():
                 delta = F.linear(F.linear(args[0].float(), w.lora_A), w.lora_B)
                 y = y + scalings[:, :, i, k, None] * w.lora_scaling * delta
