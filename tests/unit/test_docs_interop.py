@@ -1,0 +1,150 @@
+"""What docs/interop.md says runs: its "here" column and its blocks, from top to bottom."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+from peft.tuners.xlora.model import XLoraModel as PeftXLoraModel
+
+from tests.tiny_chat import tiny_chat_base, tiny_tokenizer
+from tests.tiny_models import write_lora
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
+
+# The public calls of the original package: other systems' own list, which does not change any more.
+XLORA_PACKAGE = (
+    "add_xlora_to_model",
+    "from_pretrained",
+    "load_model",
+    "enable_scalings_logging",
+    "disable_scalings_logging",
+    "clear_scalings_log",
+    "get_scalings_log",
+    "flush_log_scalings",
+    "load_scalings_log",
+    "print_scalings_predictions",
+    "get_latest_scalings",
+    "set_scaling_pass_value",
+    "set_global_scaling_weight",
+    "get_global_scaling_weight",
+    "set_topk_lora",
+    "get_topk_lora",
+    "get_nb_trainable_parameters",
+    "print_trainable_parameters",
+    "set_use_trainable_adapters",
+    "get_use_trainable_adapters",
+    "save_pretrained",
+)
+# What users call on PEFT's wrapper around its X-LoRA model.
+PEFT_WRAPPER = (
+    "get_peft_model",
+    "from_pretrained",
+    "save_pretrained",
+    "disable_adapter",
+    "get_base_model",
+    "set_adapter",
+    "add_adapter",
+    "load_adapter",
+    "delete_adapter",
+    "get_layer_status",
+    "get_model_status",
+    "get_nb_trainable_parameters",
+    "print_trainable_parameters",
+    "merge_and_unload",
+    "unload",
+    "peft_config",
+)
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip().strip("|").split("|")]
+
+
+def here_column(line: str) -> str | None:
+    """Returns the code of a table row's "here" cell, "" for "not needed", None for no such row."""
+    if not line.startswith("| ") or "---" in line:
+        return None
+    columns = cells(line)
+    if len(columns) != 3 or columns[1] == "here":
+        return None
+    code = re.fullmatch(r"`([^`]+)`", columns[1])
+    assert code or columns[1] == "not needed", f"neither code nor 'not needed': {line}"
+    return code[1] if code else ""
+
+
+def steps(text: str) -> list[tuple[int, str]]:
+    """Returns (line number, code) of every table row and every python block, in order."""
+    found: list[tuple[int, str]] = []
+    block: list[str] | None = None
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.startswith("```"):
+            if block is None:
+                block = [] if line == "```python" else ["# another language"]
+            else:
+                if block[:1] != ["# another language"]:
+                    found.append((number - len(block), "\n".join(block)))
+                block = None
+        elif block is not None:
+            block.append(line)
+        elif code := here_column(line):
+            found.append((number, code))
+    return found
+
+
+def left_of(heading: str) -> str:
+    """Returns everything but the right columns of a section: what the other package offers."""
+    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}")[1].split("\n## ")[0]
+    lines = section.splitlines()
+    return "\n".join(cells(line)[0] if line.startswith("|") else line for line in lines)
+
+
+def names(calls: Any, text: str) -> list[str]:
+    return [name for name in calls if not re.search(rf"\b{name}\b", text)]
+
+
+def test_every_line_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = tiny_chat_base()
+    base.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    for seed, name in enumerate(("math", "law", "chemistry")):
+        write_lora(tmp_path / "loras" / name, base, ("q_proj", "v_proj"), seed=seed)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"__name__": "interop"}
+    ran = steps(PAGE.read_text(encoding="utf-8"))
+    assert len(ran) > 60
+    for line, code in ran:
+        # The line numbers of an error are those of the page.
+        exec(compile("\n" * (line - 1) + code, str(PAGE), "exec"), namespace)
+    assert "trainable params:" in capsys.readouterr().out
+
+
+def test_every_call_of_pefts_model_has_its_line() -> None:
+    own = [name for name in vars(PeftXLoraModel) if not name.startswith("_")]
+    # The wrapper's users call the model itself for this.
+    own.remove("forward")
+    text = left_of("PEFT\n")
+    assert names(own, text) == []
+    assert names(PEFT_WRAPPER, text) == []
+    assert all(hasattr(peft.PeftModel, n) or hasattr(peft, n) or n in text for n in PEFT_WRAPPER)
+
+
+def test_every_call_of_the_original_package_has_its_line() -> None:
+    assert names(XLORA_PACKAGE, left_of("The original")) == []
+
+
+def test_what_is_said_to_have_the_same_name_has_it() -> None:
+    """A row whose two sides call one method of the model by the same name."""
+    from xlora_core import XLoraModel
+
+    for line in PAGE.read_text(encoding="utf-8").splitlines():
+        code = here_column(line)
+        called = re.search(r"model\.(\w+)\(", code or "")
+        if called:
+            assert inspect.isfunction(inspect.unwrap(getattr(XLoraModel, called[1]))), line
