@@ -14,6 +14,7 @@ from typing import Any
 
 from xlora_core.checkpoint.contents import Checkpoint
 from xlora_core.checkpoint.files import read_json_object, write_json
+from xlora_core.checkpoint.ordering import Ordering
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import CheckpointError
 
@@ -53,6 +54,19 @@ class Names:
         return replace(config, adapters=dict(zip(self.adapters, paths, strict=True)))
 
 
+def known_modules(
+    names: Names | None, ordering: Ordering | None
+) -> tuple[Sequence[str] | None, Mapping[str, Any] | None]:
+    """Returns the module names in the classifier's order, and the base's identity, if known.
+
+    An ordering file comes first. Without the base's identity its order is yet to be compared with
+    the base model's.
+    """
+    if ordering is not None and ordering.layer_names is not None:
+        return ordering.layer_names, None
+    return (None, None) if names is None else (names.layer_names, names.base)
+
+
 def write_names(folder: Path, classifier_file: Path, checkpoint: Checkpoint) -> None:
     """Writes the file for the classifier that lies in the same folder."""
     names = checkpoint.layer_names
@@ -81,6 +95,10 @@ def read_names(folder: Path, classifier_file: Path) -> tuple[Names | None, list[
     if not path.is_file():
         return None, []
     values = read_json_object(path)
+    # Any: what they are is checked right below.
+    adapters: Any
+    layers: Any
+    base: Any
     adapters, layers, base = (values.get(key) for key in ("adapters", "layer_names", "base"))
     sound = (
         values.get("format") == _FORMAT

@@ -47,7 +47,7 @@ from xlora_core.checkpoint.linear_chain import (
     folded,
     tensors_of,
 )
-from xlora_core.checkpoint.names_file import read_names, write_names
+from xlora_core.checkpoint.names_file import known_modules, read_names, write_names
 from xlora_core.checkpoint.ordering import ORDERING_FILE, Ordering, read_ordering, write_ordering
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import CheckpointError
@@ -83,8 +83,8 @@ def read_original_config(
     """Returns the contents of ``xlora_config.json``.
 
     Adapters may be a list of names, a mapping name -> path, or missing. A folder of that name in
-    the checkpoint comes before a stored path. Where they are missing, they are ``overrides``, in
-    order; else the folders with an adapter in them, "2" before "10".
+    the checkpoint comes before a stored path. Where they are missing, they are the folders with
+    an adapter in them, "2" before "10"; or ``overrides``, in order, if these have other names.
 
     Raises:
         CheckpointError: If the file is damaged; listing every unknown key, every contradiction
@@ -121,7 +121,7 @@ def read_original(
         folder: The folder.
         overrides: Adapter name -> folder to read the expert from.
         ordering: The modules and adapters that the classifier's outputs belong to; None takes
-            the folder's own ``xlora_ordering.json``, if there is one.
+            the folder's own ``xlora_ordering.json``, if nothing else names them.
 
     Raises:
         CheckpointError: If it is damaged, or its classifier is a pickle.
@@ -132,8 +132,7 @@ def read_original(
     names, notes = read_names(folder, path)
     config, classifier, folding = _classifier(path, original)
     own_ordering = folder / ORDERING_FILE
-    stores_names = names is not None and ordering is None
-    if ordering is None and own_ordering.is_file():
+    if ordering is None and names is None and own_ordering.is_file():
         ordering = read_ordering(own_ordering)
     if ordering is not None:
         config = ordering.applied_to(config)
@@ -142,12 +141,13 @@ def read_original(
     config = with_experts_from(folder, config, overrides)
     if config.enable_softmax_topk:
         notes = [*notes, _SOFTMAX_NOTE]
+    layer_names, base = known_modules(names, ordering)
     return Checkpoint(
         config=config,
         classifier=classifier,
         adapters=read_experts(config),
-        layer_names=names.layer_names if stores_names else ordering and ordering.layer_names,
-        base=names.base if stores_names else None,
+        layer_names=layer_names,
+        base=base,
         layout=Layout.ORIGINAL,
         notes=[*notes, *folding],
     )
@@ -210,9 +210,10 @@ def _adapter_folders(
 ) -> dict[str, str] | None:
     """Returns name -> path in the classifier's order; None for something else than names."""
     if given is None:
-        if overrides:
-            return {name: str(path) for name, path in overrides.items()}
         found = _expert_folders(folder) or _expert_folders(folder / "adapters")
+        names = {path.name for path in found}
+        if overrides and not set(overrides) <= names:
+            return {name: str(path) for name, path in overrides.items()}
         return {path.name: str(path) for path in found}
     if isinstance(given, list):
         if not all(isinstance(name, str) for name in given) or len(set(given)) < len(given):

@@ -32,7 +32,7 @@ from xlora_core.checkpoint.files import (
 )
 from xlora_core.checkpoint.fitting import check_in_module_order
 from xlora_core.checkpoint.linear_chain import chain_of, check_chain, check_depth, linear_indices
-from xlora_core.checkpoint.names_file import read_names, write_names
+from xlora_core.checkpoint.names_file import known_modules, read_names, write_names
 from xlora_core.checkpoint.ordering import Ordering
 from xlora_core.checkpoint.peft_rescue import (
     CLASSIFIER_PREFIX,
@@ -110,7 +110,7 @@ def read_peft(
     config = with_experts_from(
         folder, config, {name: folder / name for name in trained} | dict(overrides)
     )
-    stores_names = names is not None and ordering is None
+    layer_names, base = known_modules(names, ordering)
     return Checkpoint(
         config=config,
         classifier=tensors,
@@ -118,8 +118,8 @@ def read_peft(
             trained.get(name) or read_adapter(name, where)
             for name, where in config.adapters.items()
         ],
-        layer_names=names.layer_names if stores_names else ordering and ordering.layer_names,
-        base=names.base if stores_names else None,
+        layer_names=layer_names,
+        base=base,
         layout=Layout.PEFT,
         notes=[*notes, *recovered, *(f"expert {name!r} was recovered" for name in trained)],
     )

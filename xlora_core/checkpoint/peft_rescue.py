@@ -14,7 +14,6 @@ are the layers of its classifier, and the blocks of its base model:
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Container, Mapping
 from pathlib import Path
@@ -25,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xlora_core.adapters import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, LoraAdapter, read_adapter
-from xlora_core.checkpoint.files import read_json_object, read_router_tensors
+from xlora_core.checkpoint.files import read_router_tensors
 from xlora_core.checkpoint.linear_chain import linear_indices
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import AdapterError, CheckpointError
@@ -131,7 +130,7 @@ def recover_trained_experts(
         saved = folder / str(index)
         try:
             trained = _trained_expert(name, saved)
-        except (AdapterError, CheckpointError) as error:
+        except AdapterError as error:
             faults.append(f"adapter {name!r}: {error.message}")
             continue
         fault = _gap(trained, folder / stored, alone=len(config.adapters) == 1)
@@ -171,20 +170,27 @@ def _trained_expert(name: str, folder: Path) -> LoraAdapter:
     """Returns the LoRA weights among what PEFT put into an expert's folder."""
     path = folder / WEIGHTS_FILE
     if not path.is_file():
-        raise CheckpointError(f"{folder} has no {WEIGHTS_FILE}")
+        raise AdapterError(f"adapter {name!r}: {folder} has no {WEIGHTS_FILE}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            keys = [k for k in file.keys() if k.startswith(_EXPERT_PREFIX) and ".lora_" in k]  # noqa: SIM118  # not a dict
+            inner = [
+                key.removeprefix(_EXPERT_PREFIX)
+                for key in file.keys()  # noqa: SIM118  # not a dict
+                if key.startswith(_EXPERT_PREFIX)
+            ]
             tensors = {
-                KEY_PREFIX + key.removeprefix(_EXPERT_PREFIX): file.get_tensor(key) for key in keys
+                KEY_PREFIX + key: file.get_tensor(_EXPERT_PREFIX + key)
+                for key in inner
+                if ".lora_" in key
             }
+        settings = (folder / CONFIG_FILE).read_bytes()
     except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
-    if not tensors:
-        raise CheckpointError(f"{path} holds no LoRA weights")
-    settings = read_json_object(folder / CONFIG_FILE)
+        raise AdapterError(f"adapter {name!r}: {folder} cannot be read: {error}") from error
     # Under PEFT's ordinary names it is an ordinary adapter, with all checks of one.
     with tempfile.TemporaryDirectory() as ordinary:
-        (Path(ordinary) / CONFIG_FILE).write_text(json.dumps(settings), encoding="utf-8")
+        (Path(ordinary) / CONFIG_FILE).write_bytes(settings)
         save_file(tensors, Path(ordinary) / WEIGHTS_FILE)
-        return read_adapter(name, ordinary)
+        try:
+            return read_adapter(name, ordinary)
+        except AdapterError as error:
+            raise AdapterError(error.message.replace(ordinary, str(folder))) from None
