@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,9 @@ def expected_scalings(
             top_k=int(track.top_k[t]) or None,
             temperature=float(track.temperature[t]),
             global_weight=float(track.global_weight[t]),
+            overrides=track.override_sets[track.override_set[t] - 1]
+            if track.override_set[t]
+            else (),
         )
         row = []
         for layer in range(header.n_lora_layers):
@@ -154,7 +158,9 @@ def expected_scalings(
                 values = _softmax(values / used.temperature)
             if effective:
                 values = _effective(values, used, header.enable_softmax_topk)
-                values = values * np.array(header.present[layer])
+                for k, adapter in enumerate(header.adapter_names):
+                    values[k] = overridden(used, adapter, header.layer_names[layer], values[k])
+                values = values * used.global_weight * np.array(header.present[layer])
             row.append(values)
         rows.append(row)
     return np.array(rows).reshape(-1, header.n_lora_layers, header.n_adapters)
@@ -166,7 +172,18 @@ def _effective(
     kept = np.argsort(-values, kind="stable")[: knobs.top_k]
     result = np.zeros_like(values)
     result[kept] = _softmax(values[kept]) if softmax_topk else values[kept]
-    return result * knobs.global_weight
+    return result
+
+
+def overridden(knobs: RoutingKnobs, adapter: str, layer_name: str, scaling: float) -> float:
+    """Returns the scaling that top-k left as the last override that concerns it would have it."""
+    for override in reversed(knobs.overrides):
+        patterns = ["*"] if override.modules is None else override.modules
+        if override.adapter == adapter and any(fnmatchcase(layer_name, p) for p in patterns):
+            if override.kind == "pin":
+                return float(override.value or 0)
+            return scaling * (0 if override.kind == "mute" else float(override.value or 0))
+    return scaling
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:

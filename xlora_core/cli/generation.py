@@ -20,6 +20,7 @@ _EXAMPLES = """\
   xlora generate --prompt "Solve 3x + 4 = 19."
   xlora generate --prompt "A poem on rain" --top-k 1 --csv rain.csv --bucket-by segment
   xlora generate --prompt "Solve 3x + 4 = 19." --arm routed --arm merged --arm expert:math
+  xlora generate --prompt "A poem on rain" --mute math --pin "verse=0.8@*.q_proj"
   xlora generate --raw --prompt "def fib(n):" --max-new-tokens 48 --save fib.safetensors
   cat question.txt | xlora generate --prompt-file - --json
 """

@@ -12,7 +12,7 @@ from xlora_core.cli.terminal import safe
 
 if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
-    from xlora_core.recording import Run
+    from xlora_core.recording import Run, Track
 
 _EXAMPLES = """\
   xlora inspect
@@ -87,6 +87,7 @@ def model_report(model: XLoraModel, *, name: str) -> dict[str, Any]:
         "context_length": model.context_length,
         "n_router_parameters": sum(p.numel() for p in model.classifier.parameters()),
         "config": config,
+        "overrides": [override.label for override in model.get_adapter_overrides()],
         "adapters": [_adapter_report(adapter, modules) for adapter in model.adapter_names],
         "modules": modules,
     }
@@ -95,13 +96,27 @@ def model_report(model: XLoraModel, *, name: str) -> dict[str, Any]:
 def run_report(run: Run) -> dict[str, Any]:
     """Returns what a run file holds, as plain JSON types."""
     header = run.header
-    return summary(run) | {
+    of_run = summary(run)
+    for arm, track in zip(of_run["arms"], run.tracks, strict=True):
+        arm["knobs"] = [{"from_token": row} | _knobs(track, row) for row in track.knob_changes()]
+    return of_run | {
         "created": header.created,
         "prompt": header.prompt_text,
         "n_modules": header.n_lora_layers,
         "adapters": list(header.adapter_names),
         "sampling": vars(header.sampling),
         "versions": dict(header.versions),
+    }
+
+
+def _knobs(track: Track, row: int) -> dict[str, Any]:
+    knobs = track.knobs(row)
+    return {
+        "top_k": knobs.top_k,
+        # Recorded as float32: the digits beyond it were not what anybody set.
+        "temperature": float(f"{knobs.temperature:.6g}"),
+        "global_weight": float(f"{knobs.global_weight:.6g}"),
+        "overrides": [override.label for override in knobs.overrides],
     }
 
 
@@ -141,7 +156,8 @@ def _print_model(report: dict[str, Any], *, with_modules: bool) -> None:
             f"{config['xlora_depth']}, "
             + ("one mixture per module" if config["layerwise_scalings"] else "one for all modules"),
             "routing": f"{softmax}, top-k {config['top_k_lora'] or 'all'}, global weight "
-            f"{config['global_scaling_weight']:g}, scaling pass {config['scaling_pass_value']:g}",
+            f"{config['global_scaling_weight']:g}, scaling pass {config['scaling_pass_value']:g}"
+            + "".join(f", {safe(label)}" for label in report["overrides"]),
             "modules": f"{len(modules)}: " + _kinds(modules),
         }
     )
@@ -183,6 +199,14 @@ def _print_run(report: dict[str, Any], *, with_modules: bool) -> None:
             f"{safe(arm['arm'])}: {arm['n_prompt_tokens']} + {arm['n_new_tokens']} tokens, "
             f"{arm['finish_reason']}; mean scalings: {means or 'none'}"
         )
+        for knobs in arm["knobs"]:
+            words = [
+                f"top-k {knobs['top_k'] or 'all'}",
+                f"temperature {knobs['temperature']:g}",
+                f"global weight {knobs['global_weight']:g}",
+                *knobs["overrides"],
+            ]
+            print(f"  from token {knobs['from_token']}: {safe(', '.join(words))}")
         print(f"  {safe(repr(arm['text']))}")
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xlora_core.config import RoutingKnobs
+from xlora_core.config import AdapterOverride, RoutingKnobs
 from xlora_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     Commands = _SubParsersAction[argparse.ArgumentParser]
 
 BUCKETS = ("position", "segment", "seq_len", "token")
+# The name may hold both signs: the last "=" and the last "@" count.
+_VALUED = re.compile(r"(?P<name>.+)=(?P<value>[^=@]+)(?:@(?P<modules>.+))?")
+_NAMED = re.compile(r"(?P<name>.+?)(?:@(?P<modules>[^@]+))?")
 
 
 def new_command(
@@ -95,6 +99,20 @@ def add_knob_options(parser: argparse.ArgumentParser, *, otherwise: str) -> None
         metavar="G",
         help="factor on all scalings; 0 is the base model",
     )
+    for option, what, parse, form in (
+        ("--mute", "switch an adapter off", _mute, "NAME[@PATTERN]"),
+        ("--pin", "hold an adapter's scaling at a value", _pin, "NAME=VALUE[@PATTERN]"),
+        ("--rescale", "multiply an adapter's scalings", _rescale, "NAME=FACTOR[@PATTERN]"),
+    ):
+        group.add_argument(
+            option,
+            dest="overrides",  # one list for all three, since the last one given holds
+            action="append",
+            type=parse,
+            metavar=form,
+            help=f"{what}, in all modules or in those whose path matches, such as "
+            "'*.q_proj'; repeat for more",
+        )
 
 
 def add_export_options(parser: argparse.ArgumentParser) -> None:
@@ -159,11 +177,12 @@ def named_values(items: Sequence[str], *, option: str, example: str) -> dict[str
 
 def knobs_are_given(args: argparse.Namespace) -> bool:
     """Whether any of the router's knobs was given."""
-    return any(value is not None for value in (args.top_k, args.temperature, args.global_weight))
+    given = (args.top_k, args.temperature, args.global_weight, args.overrides)
+    return any(value is not None for value in given)
 
 
 def knobs_over(default: RoutingKnobs, args: argparse.Namespace) -> RoutingKnobs:
-    """Returns the knobs given, over those of ``default``.
+    """Returns the knobs given, over those of ``default``; overrides are added to its own.
 
     Raises:
         ConfigError: If one is out of range.
@@ -175,6 +194,8 @@ def knobs_over(default: RoutingKnobs, args: argparse.Namespace) -> RoutingKnobs:
     }
     if args.top_k is not None:
         given["top_k"] = None if args.top_k == "all" else args.top_k
+    if args.overrides is not None:
+        given["overrides"] = (*default.overrides, *args.overrides)
     return replace(default, **given)
 
 
@@ -209,3 +230,37 @@ def print_json(value: object) -> None:
 
 def _top_k(text: str) -> int | str:
     return "all" if text == "all" else int(text)
+
+
+def _mute(text: str) -> AdapterOverride:
+    match = _NAMED.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"expected NAME[@PATTERN], got {text!r}")
+    return _override(AdapterOverride.mute, match["name"], modules=match["modules"])
+
+
+def _pin(text: str) -> AdapterOverride:
+    return _override(AdapterOverride.pin, *_named_number(text, "VALUE"))
+
+
+def _rescale(text: str) -> AdapterOverride:
+    return _override(AdapterOverride.scale, *_named_number(text, "FACTOR"))
+
+
+def _override(make: Callable[..., AdapterOverride], *of: Any, **further: Any) -> AdapterOverride:
+    try:
+        return make(*of, **further)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(error.message) from error
+
+
+def _named_number(text: str, what: str) -> tuple[str, float, str | None]:
+    match = _VALUED.fullmatch(text)
+    try:
+        if match:
+            return match["name"], float(match["value"]), match["modules"]
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(
+        f"expected NAME={what}[@PATTERN] with a number {what}, got {text!r}"
+    )

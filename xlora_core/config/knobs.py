@@ -71,13 +71,15 @@ class RoutingKnobs:
             layer_names: L paths of the adapted modules.
 
         Raises:
-            ConfigError: If ``top_k`` is larger than K; if an override names an adapter that is
-                not there, or modules of which there are none.
+            ConfigError: Listing every fault: ``top_k`` larger than K; an override of an adapter
+                that is not there, or of modules of which there are none.
         """
-        self.check(len(adapter_names))
-        if self.overrides:
-            names = tuple(adapter_names), tuple(layer_names)
-            raise_if(list(override_faults(tuple(self.overrides), *names)), hint=PATTERN_HINT)
+        if not self.overrides:
+            return self.check(len(adapter_names))
+        fault = top_k_fault("top_k", self.top_k, len(adapter_names))
+        faults = override_faults(tuple(self.overrides), tuple(adapter_names), tuple(layer_names))
+        some_modules = any(override.modules is not None for override in self.overrides)
+        raise_if([*([fault] if fault else []), *faults], hint=PATTERN_HINT if some_modules else "")
         return self
 
     @classmethod
