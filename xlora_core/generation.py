@@ -7,12 +7,13 @@ from typing import Any
 from torch import Tensor
 from transformers import GenerationMixin
 
+from xlora_core.config import XLoraConfig
 from xlora_core.errors import ModelError
-from xlora_core.kv_cache import DualCache
+from xlora_core.kv_cache import DualCache, GatedCache, RoutedCache
 
 
 class XLoraGeneration(GenerationMixin):
-    """``generate`` over a ``DualCache``: greedy, sampling, beams, streamers, stopping criteria.
+    """``generate`` over the model's caches: greedy, sampling, beams, streamers, stopping criteria.
 
     The class it is mixed into provides ``base_model``; everything that depends on the
     architecture is asked of that model.
@@ -20,6 +21,29 @@ class XLoraGeneration(GenerationMixin):
 
     # Any: what transformers declares on its models hides their methods from a type checker.
     base_model: Any
+
+    _config_xlora: XLoraConfig
+
+    def new_cache(self) -> RoutedCache:
+        """Returns an empty KV cache: of both passes, or of the one that a per-layer router has."""
+        return self._cache_class(self.base_model.config)
+
+    def check_cache(self, cache: object) -> RoutedCache:
+        """Returns a cache if it is one of ``new_cache``.
+
+        Raises:
+            ModelError: If it is another kind.
+        """
+        if isinstance(cache, self._cache_class):
+            return cache
+        raise ModelError(
+            f"past_key_values must be a {self._cache_class.__name__}, got {type(cache).__name__}",
+            hint="make one with model.new_cache()",
+        )
+
+    @property
+    def _cache_class(self) -> type[DualCache | GatedCache]:
+        return GatedCache if self._config_xlora.router == "per_layer" else DualCache
 
     def can_generate(self) -> bool:
         """Returns whether the base model can."""
@@ -43,15 +67,12 @@ class XLoraGeneration(GenerationMixin):
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any
     ) -> None:
         given = model_kwargs.get("past_key_values")
-        if given is not None and not isinstance(given, DualCache):
-            raise ModelError(
-                f"past_key_values must be a DualCache, got {type(given).__name__}",
-                hint="make one with model.new_cache()",
-            )
+        if given is not None:
+            self.check_cache(given)
         implementation = generation_config.cache_implementation
         if implementation not in (None, "dynamic"):
             raise ModelError(
-                f"cache_implementation={implementation!r} cannot serve the two passes of X-LoRA",
+                f"cache_implementation={implementation!r} cannot serve the passes of X-LoRA",
                 hint="leave cache_implementation out",
             )
         if given is not None:
@@ -60,4 +81,4 @@ class XLoraGeneration(GenerationMixin):
                 generation_config, model_kwargs, *args
             )
         elif generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = DualCache(self.base_model.config)
+            model_kwargs["past_key_values"] = self.new_cache()

@@ -1,7 +1,8 @@
-"""Two KV caches that Hugging Face's ``generate`` treats as one.
+"""The KV caches of an X-LoRA model, which Hugging Face's ``generate`` treats as one.
 
 The scalings of a token depend on earlier tokens only, so scaling pass and main pass can both
-be cached exactly. Everything that moves rows or drops tokens is done to both.
+be cached exactly. Everything that moves rows or drops tokens is done to both, and to the entry of
+the scalings log that belongs to them. A per-layer router has one pass, so one cache.
 """
 
 from __future__ import annotations
@@ -16,92 +17,112 @@ from xlora_core.errors import ModelError
 from xlora_core.scalings_log import LogEntry
 
 
-class DualCache(Cache):
-    """The caches of both passes over the same tokens.
+class RoutedCache(Cache):
+    """The caches of all passes over the same tokens.
 
     Attributes:
         main: Keys and values of the main pass.
-        scaling: Keys and values of the scaling pass.
         logged: The last entry of the scalings log that belongs to these tokens.
     """
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        self.main = DynamicCache(config=config)
-        self.scaling = DynamicCache(config=config)
+    def __init__(self, *passes: DynamicCache) -> None:
+        self.main = passes[0]
+        self._passes = passes
         self.logged: LogEntry | None = None
         super().__init__(layers=self.main.layers)
 
     def __repr__(self) -> str:
-        return f"DualCache(tokens={self.get_seq_length()})"
+        return f"{type(self).__name__}(tokens={self.get_seq_length()})"
 
     @property
     def is_compileable(self) -> bool:
-        """False: both caches grow, and ``generate`` must not compile around them."""
+        """False: the caches grow, and ``generate`` must not compile around them."""
         return False
 
     def update(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refuses: keys and values belong to one of the two caches.
+        """Refuses: keys and values belong to the cache of one pass.
 
         Raises:
-            TypeError: Always; a plain model was given both caches at once.
+            TypeError: Always; a plain model was given all caches at once.
         """
-        raise TypeError("a DualCache serves an XLoraModel; give a plain model cache.main")
+        raise TypeError(
+            f"a {type(self).__name__} serves an XLoraModel; give a plain model cache.main"
+        )
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Returns the number of cached tokens."""
         return int(self.main.get_seq_length(layer_idx))
 
     def check_in_step(self) -> None:
-        """Raises unless both passes have read the same tokens.
+        """Raises unless all passes have read the same tokens.
 
         Raises:
             ModelError: If one has not; a call failed between them.
         """
-        main, scaling = self.main.get_seq_length(), self.scaling.get_seq_length()
-        if main != scaling:
+        lengths = [cache.get_seq_length() for cache in self._passes]
+        if len(set(lengths)) > 1:
             raise ModelError(
-                f"the two caches of this DualCache hold {main} and {scaling} tokens, expected as "
-                "many in both; an earlier call with it failed half way",
+                f"the two caches of this DualCache hold {lengths[0]} and {lengths[1]} tokens, "
+                "expected as many in both; an earlier call with it failed half way",
                 hint="start again with model.new_cache()",
             )
 
     def reset(self) -> None:
         """Forgets all tokens."""
-        self.main.reset()
-        self.scaling.reset()
+        for cache in self._passes:
+            cache.reset()
         self.logged = None
 
     def activate_past_recording(self) -> None:
         """Makes layers with a window keep what a later ``crop`` would need."""
-        self.main.activate_past_recording()
-        self.scaling.activate_past_recording()
+        for cache in self._passes:
+            cache.activate_past_recording()
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Moves the rows to the beams ``beam_idx`` ``[B]``."""
-        self.main.reorder_cache(beam_idx)
-        self.scaling.reorder_cache(beam_idx)
+        for cache in self._passes:
+            cache.reorder_cache(beam_idx)
         if self.logged is not None:
             self.logged = self.logged.select(beam_idx)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Drops the last tokens; the count is negative, as Hugging Face has it."""
-        self.main.crop(tokens_to_remove)
-        self.scaling.crop(tokens_to_remove)
+        for cache in self._passes:
+            cache.crop(tokens_to_remove)
         if self.logged is not None:
             rows = self.logged.tensor()
             self.logged = LogEntry(rows[:, : self.get_seq_length()])
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats every row."""
-        self.main.batch_repeat_interleave(repeats)
-        self.scaling.batch_repeat_interleave(repeats)
+        for cache in self._passes:
+            cache.batch_repeat_interleave(repeats)
         if self.logged is not None:
             n_rows = self.logged.rows.shape[0]
             self.logged = self.logged.select(torch.arange(n_rows).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keeps the rows ``indices``."""
-        self.main.batch_select_indices(indices)
-        self.scaling.batch_select_indices(indices)
+        for cache in self._passes:
+            cache.batch_select_indices(indices)
         if self.logged is not None:
             self.logged = self.logged.select(indices)
+
+
+class DualCache(RoutedCache):
+    """The caches of scaling pass and main pass.
+
+    Attributes:
+        scaling: Keys and values of the scaling pass.
+    """
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        self.scaling = DynamicCache(config=config)
+        super().__init__(DynamicCache(config=config), self.scaling)
+
+
+class GatedCache(RoutedCache):
+    """The cache of a model that its layers' gates route, in the main pass alone."""
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(DynamicCache(config=config))

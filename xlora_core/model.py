@@ -23,10 +23,11 @@ from xlora_core.checkpoint import (
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs, XLoraConfig
 from xlora_core.errors import AdapterError, CheckpointError, ConfigError, ModelError
+from xlora_core.gates import LayerGates
 from xlora_core.generation import XLoraGeneration
 from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
-from xlora_core.kv_cache import DualCache
-from xlora_core.layers import ActiveScalings, XLoraLayer
+from xlora_core.kv_cache import DualCache, RoutedCache
+from xlora_core.layers import ActiveScalings, XLoraLayer, compute_device
 from xlora_core.passes import XLoraPasses
 from xlora_core.replacing import replace_adapted_modules
 from xlora_core.saved_modules import as_saved_module
@@ -92,13 +93,17 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         self._head_is_adapted = isinstance(base_model.get_output_embeddings(), XLoraLayer)
         self.lora_layer_names = list(self._layers)
         self._adapter_configs = [(dict(a.config), a.dtype, set(a.saved_modules)) for a in adapters]
-        self.classifier = XLoraClassifier(
-            self._config_xlora,
-            n_lora_layers=len(self._layers),
-            n_adapters=len(adapters),
-            dtype=torch.promote_types(base_model.dtype, torch.float32),
-            device=base_model.device,
-        )
+        dtype = torch.promote_types(base_model.dtype, torch.float32)
+        if self.is_routed_per_layer:
+            self.gates = LayerGates(self.lora_layers, len(adapters), dtype=dtype)
+        else:
+            self.classifier = XLoraClassifier(
+                self._config_xlora,
+                n_lora_layers=len(self._layers),
+                n_adapters=len(adapters),
+                dtype=dtype,
+                device=self.device,
+            )
         self.scalings_log = ScalingsLog()
         self._merged = False
         self.train(base_model.training)
@@ -204,12 +209,22 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         except AttributeError:
             if name == "base_model":
                 raise
+            if name in ("classifier", "gates"):  # some base models have a classifier of their own
+                raise AttributeError(
+                    f"this X-LoRA model has no {name}, its router is "
+                    f"{self._config_xlora.router!r}; model.router is whichever it has"
+                ) from None
             return getattr(self.base_model, name)
 
     @property
     def lora_layers(self) -> list[XLoraLayer]:
         """The L adapted modules in order."""
         return list(self._layers.values())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model expects its inputs; also for weights that rest elsewhere."""
+        return compute_device(self.base_model.get_input_embeddings())
 
     @property
     def present(self) -> Tensor:
@@ -232,7 +247,7 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: DualCache | None = None,
+        past_key_values: RoutedCache | None = None,
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
@@ -242,7 +257,7 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         return_dict: bool = True,
         **kwargs: Any,
     ) -> Any:
-        """Runs both passes.
+        """Runs both passes, or the one that a per-layer router needs.
 
         Args:
             input_ids: ``[B, T]`` int64; or ``inputs_embeds`` ``[B, T, H]``.
@@ -258,18 +273,15 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             kwargs: Further arguments of the base model's forward.
 
         Returns:
-            The base model's output; ``past_key_values`` is a ``DualCache``.
+            The base model's output; ``past_key_values`` is one of ``new_cache``.
 
         Raises:
             ModelError: For another kind of cache, one whose last call failed half way, caching
                 under gradient checkpointing in training, or after ``merge_and_unload``.
             ConfigError: If the knobs do not fit the model, see ``check_knobs``.
         """
-        if past_key_values is not None and not isinstance(past_key_values, DualCache):
-            raise ModelError(
-                f"past_key_values must be a DualCache, got {type(past_key_values).__name__}",
-                hint="make one with model.new_cache()",
-            )
+        if past_key_values is not None:
+            self.check_cache(past_key_values)
         disabled = self.active_scalings.disabled
         if past_key_values is not None and not disabled:
             past_key_values.check_in_step()
@@ -291,23 +303,25 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             "position_ids": position_ids,
             "use_cache": use_cache,
         }
-        scalings = None
+        main = inputs | {
+            "past_key_values": past_key_values.main if past_key_values is not None else None,
+            "labels": labels,
+            "logits_to_keep": logits_to_keep,
+        }
         if disabled:
             self.scalings_log.add_nothing()
+            output = self.main_pass(scalings=None, **main)
+        elif self.is_routed_per_layer:
+            gated = self.gated_pass(knobs=knobs, **main)
+            self._log(gated.router_logits, knobs, past_key_values)
+            output = gated.output
         else:
-            cache = past_key_values.scaling if past_key_values is not None else None
+            cache = past_key_values.scaling if isinstance(past_key_values, DualCache) else None
             hidden, _ = self._scaling_hidden(knobs, inputs | {"past_key_values": cache}, False)
             # Outside the scaling pass's no_grad: this is where the classifier learns.
             router_logits = self.classifier(hidden.detach())
             self._log(router_logits, knobs, past_key_values)
-            scalings = self.route(router_logits, knobs)
-        output = self.main_pass(
-            scalings=scalings,
-            past_key_values=past_key_values.main if past_key_values is not None else None,
-            labels=labels,
-            logits_to_keep=logits_to_keep,
-            **inputs,
-        )
+            output = self.main_pass(scalings=self.route(router_logits, knobs), **main)
         if past_key_values is not None:
             output.past_key_values = past_key_values
         return output.to_tuple() if return_dict is False else output
@@ -317,7 +331,7 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
 
     # ---------------------------------------------------------------- the log
 
-    def _log(self, router_logits: Tensor, knobs: RoutingKnobs, cache: DualCache | None) -> None:
+    def _log(self, router_logits: Tensor, knobs: RoutingKnobs, cache: RoutedCache | None) -> None:
         rows = routing.scalings_from_logits(
             router_logits.detach(),
             enable_softmax=self._config_xlora.enable_softmax,

@@ -16,9 +16,9 @@ from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs
 from xlora_core.controls import XLoraControls
 from xlora_core.errors import ModelError
+from xlora_core.gates import GateScalings, LayerGates
 from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
-from xlora_core.kv_cache import DualCache
-from xlora_core.layers import ActiveScalings, TokenScalings, XLoraLayer
+from xlora_core.layers import ActiveScalings, ModuleScalings, TokenScalings, XLoraLayer
 
 # Arguments of a causal language model's forward that its backbone has no use for.
 _HEAD_ARGUMENTS = frozenset(
@@ -48,6 +48,19 @@ class ScalingPassOutput:
     lm_logits: Tensor | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedPassOutput:
+    """What the one pass of a per-layer router yields.
+
+    Attributes:
+        output: The base model's output under the gates' mixture.
+        router_logits: ``[B, T, L, K]``, float32 (float64 under a float64 model).
+    """
+
+    output: Any
+    router_logits: Tensor
+
+
 class XLoraPasses(XLoraControls, nn.Module):
     """Scaling pass, routing and main pass of ``XLoraModel``, which sets the attributes.
 
@@ -56,15 +69,41 @@ class XLoraPasses(XLoraControls, nn.Module):
 
     # Any: what transformers declares on its models hides their methods from a type checker.
     base_model: Any
+    # A model has one of the two routers.
     classifier: XLoraClassifier
+    gates: LayerGates
     active_scalings: ActiveScalings
     _layers: dict[str, XLoraLayer]
     _head_is_adapted: bool
     _merged: bool
 
-    def new_cache(self) -> DualCache:
-        """Returns empty KV caches for both passes."""
-        return DualCache(self.base_model.config)
+    @property
+    def router(self) -> XLoraClassifier | LayerGates:
+        """The module that makes router logits: ``classifier``, or ``gates``."""
+        return self.gates if self.is_routed_per_layer else self.classifier
+
+    @property
+    def is_routed_per_layer(self) -> bool:
+        """Whether every module has its own gate, and there is no scaling pass."""
+        return self._config_xlora.router == "per_layer"
+
+    @torch.no_grad()
+    def read_router(self, *, knobs: RoutingKnobs | None = None, **inputs: Any) -> Tensor:
+        """Returns the router logits of tokens, by whichever pass the router needs for them.
+
+        Without gradient. ``main_pass(scalings=route(read_router(...)))`` is the routed model.
+
+        Args:
+            knobs: As for ``scaling_pass`` and ``gated_pass``.
+            inputs: As for ``scaling_pass`` and ``gated_pass``; ``past_key_values`` is the cache
+                of the pass: ``cache.scaling``, or ``cache.main`` of a per-layer router.
+
+        Returns:
+            ``[B, T, L, K]``, or ``[B, T, 1, K]`` when one set serves all modules.
+        """
+        if self.is_routed_per_layer:
+            return self.gated_pass(knobs=knobs, **inputs).router_logits
+        return self.scaling_pass(knobs=knobs, **inputs).router_logits
 
     @torch.no_grad()
     def scaling_pass(
@@ -80,7 +119,11 @@ class XLoraPasses(XLoraControls, nn.Module):
                 the base model's when ``scaling_pass_value`` is 0.
             inputs: ``input_ids`` ``[B, T]`` or ``inputs_embeds``, ``attention_mask``,
                 ``position_ids``, ``past_key_values`` (one cache, ``cache.scaling``).
+
+        Raises:
+            ModelError: If the router is per layer, or after ``merge_and_unload``.
         """
+        self._check_router(per_layer=False)
         hidden, lm_logits = self._scaling_hidden(knobs, inputs, with_lm_logits)
         return ScalingPassOutput(router_logits=self.classifier(hidden), lm_logits=lm_logits)
 
@@ -111,7 +154,7 @@ class XLoraPasses(XLoraControls, nn.Module):
             (1, 1, 1, len(self.adapter_names)),
             value,
             dtype=self.classifier.dtype,
-            device=self.base_model.device,
+            device=next(self.classifier.parameters()).device,
         )
         return routing.effective_scalings(
             constant,
@@ -145,15 +188,45 @@ class XLoraPasses(XLoraControls, nn.Module):
         Raises:
             ModelError: If the scalings' shape does not fit, or after ``merge_and_unload``.
         """
+        held = None
+        if scalings is not None:
+            held = TokenScalings(self._of_tokens(scalings, inputs), _text_mask(inputs))
+        return self._run_base(held, inputs)
+
+    def gated_pass(self, *, knobs: RoutingKnobs | None = None, **inputs: Any) -> GatedPassOutput:
+        """Runs the base model, every adapted module mixed as its own gate says.
+
+        Args:
+            knobs: Of this call; None takes the model's.
+            inputs: Arguments of the base model's forward; ``past_key_values`` is one cache,
+                ``cache.main``.
+
+        Returns:
+            Output and router logits. The logits carry a gradient to the gates, but not where
+            re-entrant gradient checkpointing ran the module.
+
+        Raises:
+            ModelError: If the router is not per layer, or after ``merge_and_unload``.
+            ConfigError: If the knobs do not fit the model.
+        """
+        self._check_router(per_layer=True)
+        held = GateScalings(
+            self.gates,
+            self._config_xlora,
+            self.check_knobs(knobs or self.default_knobs),
+            layer_names=self.lora_layer_names,
+            adapter_names=self.adapter_names,
+        )
+        output = self._run_base(held, inputs)
+        return GatedPassOutput(output=output, router_logits=held.router_logits(_tokens(inputs)))
+
+    def _run_base(self, held: ModuleScalings | None, inputs: Mapping[str, Any]) -> Any:
         self._check_not_merged()
         inputs = {k: v for k, v in inputs.items() if v is not None} | {"return_dict": True}
-        if scalings is not None:
-            scalings = self._of_tokens(scalings, inputs)
         if self.training and self.base_model.is_activation_checkpointing:
             carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
         # An adapted head must see the tokens that the scalings are for; it is cut afterwards.
         kept = inputs.pop("logits_to_keep", 0) if self._head_is_adapted else 0
-        held = None if scalings is None else TokenScalings(scalings, _text_mask(inputs))
         with self.active_scalings.hold(held):
             output = self.base_model(**_accepted(self.base_model, inputs))
         if self._head_is_adapted:
@@ -164,9 +237,9 @@ class XLoraPasses(XLoraControls, nn.Module):
     def _of_tokens(self, scalings: Tensor, inputs: Mapping[str, Any]) -> Tensor:
         """Returns scalings as ``[B, T, L or 1, K]``, or ``[1, 1, L or 1, K]`` for all tokens."""
         found = tuple(scalings.shape)
-        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        tokens = _tokens(inputs)
         # Images and sounds tell their number of tokens only inside the model.
-        of_tokens = found[:2] if tokens is None and len(found) == 4 else (1, 1)
+        of_tokens: tuple[int, ...] = found[:2] if len(found) == 4 else (1, 1)
         if tokens is not None:
             of_tokens = tuple(tokens.shape[:2])
         expected = (*of_tokens, len(self._layers), len(self.adapter_names))
@@ -181,12 +254,30 @@ class XLoraPasses(XLoraControls, nn.Module):
         of_all_tokens = scalings.shape[:2].numel() == 1
         return scalings if of_all_tokens else scalings.expand(*expected[:2], -1, -1)
 
+    def _check_router(self, *, per_layer: bool) -> None:
+        if self.is_routed_per_layer != per_layer:
+            passes = {True: "gated_pass", False: "scaling_pass"}
+            raise ModelError(
+                f"this model's router is {self._config_xlora.router!r}, {passes[per_layer]} is for "
+                "the other kind",
+                hint=f"call {passes[not per_layer]}, or read_router for either kind",
+            )
+
     def _check_not_merged(self) -> None:
         if self._merged:
             raise ModelError(
                 "this XLoraModel was merged into its base model and has no experts any more",
                 hint="use the model that merge_and_unload returned, or load a fresh one",
             )
+
+
+def _tokens(inputs: Mapping[str, Any]) -> Tensor | None:
+    """Returns ``input_ids`` ``[B, T]`` or ``inputs_embeds`` ``[B, T, H]``, if there are any."""
+    for name in ("input_ids", "inputs_embeds"):
+        tokens = inputs.get(name)
+        if isinstance(tokens, Tensor):
+            return tokens
+    return None
 
 
 def _text_mask(inputs: Mapping[str, Any]) -> Tensor | None:

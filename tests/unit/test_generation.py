@@ -252,7 +252,7 @@ def test_another_cache_implementation_is_refused(model: XLoraModel, name: str) -
         generate(model, tiny_prompt(), cache_implementation=name)
     assert (
         caught.value.message
-        == f"cache_implementation='{name}' cannot serve the two passes of X-LoRA"
+        == f"cache_implementation='{name}' cannot serve the passes of X-LoRA"
     )
     assert caught.value.hint == "leave cache_implementation out"
 
