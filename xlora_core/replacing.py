@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from xlora_core.adapters import LoraAdapter, LoraWeights
 from xlora_core.errors import AdapterError
-from xlora_core.layers import ActiveScalings, XLoraLayer, adapted_layer_class
-from xlora_core.layers.experts import compute_dtype
+from xlora_core.layers import ActiveScalings, XLoraLayer, adapted_layer_class, compute_dtype
 from xlora_core.saved_modules import as_lora_weights
 
 

@@ -8,7 +8,7 @@ products, and ranks may differ between experts.
 from xlora_core.layers.active import ActiveScalings, ModuleScalings, TokenScalings
 from xlora_core.layers.convolution import XLoraConv2d
 from xlora_core.layers.embedding import XLoraEmbedding
-from xlora_core.layers.experts import XLoraLayer
+from xlora_core.layers.experts import XLoraLayer, compute_device, compute_dtype
 from xlora_core.layers.kinds import adapted_layer_class, is_adaptable
 from xlora_core.layers.linear import XLoraLinear, linear_features
 from xlora_core.layers.merging import merged_layer
@@ -22,6 +22,8 @@ __all__ = [
     "XLoraLayer",
     "XLoraLinear",
     "adapted_layer_class",
+    "compute_device",
+    "compute_dtype",
     "is_adaptable",
     "linear_features",
     "merged_layer",

@@ -78,19 +78,17 @@ class XLoraLayer(nn.Module):
             )
         else:
             self.register_parameter("lora_bias", None)
-        ranks = torch.tensor(self.ranks)
+        of_rank = [(index, w.lora_scaling) for index, w in experts.items() for _ in range(w.rank)]
         self.register_buffer(
             "adapter_of_rank",
-            torch.tensor(self.adapter_indices).repeat_interleave(ranks).to(device),
+            torch.tensor([index for index, _ in of_rank], device=device),
             persistent=False,
         )
         # float32 even under a bf16 model: it multiplies the float32 scalings.
         scalings_dtype = torch.promote_types(dtype, torch.float32)
         self.register_buffer(
             "lora_scaling",
-            torch.tensor([w.lora_scaling for w in experts.values()], dtype=scalings_dtype)
-            .repeat_interleave(ranks)
-            .to(device),
+            torch.tensor([s for _, s in of_rank], dtype=scalings_dtype, device=device),
             persistent=False,
         )
 
@@ -168,7 +166,8 @@ class XLoraLayer(nn.Module):
         # With several devices the scalings live where the classifier does.
         scalings = scalings.to(self.lora_A.device)
         dtype = self.lora_A.dtype
-        weights = (scalings[..., self.adapter_of_rank] * self.lora_scaling).to(dtype)
+        of_rank = scalings.index_select(-1, self.adapter_of_rank)
+        weights = (of_rank * self.lora_scaling).to(dtype)
         mixture = self.mixture(x.to(self.lora_A.device), weights)
         if self.lora_bias is not None:
             per_expert = scalings[..., self.adapter_indices] * self._lora_scaling_of_expert()
