@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from xlora_core.cli import export, generation, inspection, merging
+from xlora_core.cli import export, generation, inspection, merging, training
 from xlora_core.errors import XLoraError
 
 _DESCRIPTION = """\
@@ -25,6 +25,7 @@ examples:
   xlora export sky.safetensors --csv sky.csv --bucket-by segment
   xlora merge --output merged-model
   xlora inspect --model path/to/base --checkpoint path/to/xlora
+  xlora train --adapters math=experts/math law=experts/law --data rows/ --out my-xlora
 
 Each command teaches more: xlora generate --help
 """
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 for anything the user can mend, told on stderr; 130 after Ctrl-C.
     """
-    args = _parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
     try:
         status: int = args.run(args)
         sys.stdout.flush()
@@ -66,6 +68,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (inspection, generation, export, merging):
+    for command in (inspection, generation, export, merging, training):
         command.add_command(commands)
     return parser

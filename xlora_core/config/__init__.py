@@ -8,12 +8,16 @@ from xlora_core.config.knobs import RoutingKnobs
 from xlora_core.config.model import ROUTERS, XLoraConfig
 from xlora_core.config.overrides import AdapterOverride
 from xlora_core.config.requests import Arm, SamplingParams
+from xlora_core.config.training import ExpertTrainConfig, RouterTrainConfig, TrainConfig
 
 __all__ = [
     "ROUTERS",
     "AdapterOverride",
     "Arm",
+    "ExpertTrainConfig",
+    "RouterTrainConfig",
     "RoutingKnobs",
     "SamplingParams",
+    "TrainConfig",
     "XLoraConfig",
 ]

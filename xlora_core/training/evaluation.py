@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,9 +10,11 @@ import torch
 from torch import Tensor
 
 from xlora_core.model import XLoraModel
-from xlora_core.training.data import Batch, Example, collate
-from xlora_core.training.loop import Report, silent
-from xlora_core.training.losses import answer_columns, column_losses
+from xlora_core.training.data import NO_DOMAIN, Batch, Example, by_length, collate
+from xlora_core.training.losses import answer_columns, answer_positions, column_losses
+from xlora_core.training.metrics import RoutingSums
+from xlora_core.training.progress import Report, silent
+from xlora_core.training.router import router_logits_of
 
 MIXED = "mixed"  # the group of rows whose domain changes midway
 
@@ -32,6 +33,7 @@ class DomainResult:
             expert has this domain's name.
         right_top: Share of tokens whose strongest expert (mean over modules) is the right one.
         entropy: Mean entropy of a module's scalings / log K; 1 is uniform.
+        mass: Expert -> its mean scaling over tokens and modules.
     """
 
     rows: int
@@ -40,6 +42,7 @@ class DomainResult:
     right_mass: float | None
     right_top: float | None
     entropy: float
+    mass: dict[str, float]
 
 
 @torch.no_grad()
@@ -54,60 +57,57 @@ def evaluate(
     """Evaluates every arm on every group of held-out rows.
 
     Args:
-        model: The model, in evaluation mode; float32 for figures worth quoting.
+        model: The model; left in evaluation mode. In float32 for figures worth quoting.
         groups: Domain (or ``MIXED``) -> examples.
         pad_id: Token id to pad with.
         rows: Rows of one forward call.
         report: Gets a line per group.
     """
     model.eval()
+    names = model.adapter_names
     results = {}
     for name, examples in groups.items():
-        ordered = sorted(examples, key=len)
-        parts = [
-            _batch_sums(model, collate(ordered[i : i + rows], pad_id))
-            for i in range(0, len(ordered), rows)
-        ]
-        total = {key: sum(part[key] for part in parts) for key in parts[0]}
-        tokens, known = int(total["tokens"]), total["known"]
+        losses: dict[str, float] = {}
+        sums = RoutingSums()
+        for group in by_length(examples, rows):
+            for arm, loss in _add_batch(model, collate(group, pad_id), sums).items():
+                losses[arm] = losses.get(arm, 0.0) + loss
+        means = {key: round(value, 4) for key, value in sums.means(names).items()}
+        if sums.known < sums.tokens:  # a token without a right expert has no oracle
+            losses.pop("right")
         results[name] = DomainResult(
             rows=len(examples),
-            tokens=tokens,
-            losses={
-                key.removeprefix("loss:"): round(value / tokens, 4)
-                for key, value in total.items()
-                if key.startswith("loss:") and (key != "loss:right" or known == tokens)
-            },
-            right_mass=round(total["right_mass"] / known, 4) if known else None,
-            right_top=round(total["right_top"] / known, 4) if known else None,
-            entropy=round(total["entropy"] / tokens, 4),
+            tokens=sums.tokens,
+            losses={arm: round(loss / sums.tokens, 4) for arm, loss in losses.items()},
+            right_mass=means.get("right_mass"),
+            right_top=means.get("right_top"),
+            entropy=means["entropy"],
+            mass={adapter: means[f"mass:{adapter}"] for adapter in names},
         )
         report(f"{name}: {asdict(results[name])}")
     return results
 
 
-def _batch_sums(model: XLoraModel, batch: Batch) -> dict[str, float]:
-    """Sums over a batch's answer tokens of what ``DomainResult`` averages."""
+def _add_batch(model: XLoraModel, batch: Batch, sums: RoutingSums) -> dict[str, float]:
+    """Adds a batch's routing to the sums; returns each arm's loss summed over answer tokens."""
     names = model.adapter_names
     n_adapters = len(names)
     device = model.device
     batch = batch.to(device)
-    columns = answer_columns(batch)
-    one_hot = torch.eye(n_adapters, device=device)
+    columns = answer_columns(batch.labels)
+    rows, writers = answer_positions(batch.labels).unbind(dim=1)
+    inputs = {
+        "input_ids": batch.input_ids,
+        "attention_mask": batch.attention_mask,
+        "logits_to_keep": columns,
+        "use_cache": False,
+    }
+    indices = batch.domain_indices({name: k for k, name in enumerate(names)})
     # The scalings of a token write the next one, so a token's right expert is the next one's.
-    right = torch.tensor(
-        [
-            [names.index(d) if d in names else -1 for d in [*domains[1:], ""]]
-            for domains in batch.domains
-        ],
-        device=device,
-    )
-    routed = model.route(
-        model.scaling_pass(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False
-        ).router_logits
-    )
+    right = indices.roll(-1, dims=1)
+    right[:, -1] = NO_DOMAIN
     ahead = _filled_from_ahead(right)
+    one_hot = torch.eye(n_adapters, device=device)
     oracle = torch.zeros(*right.shape, 1, n_adapters, device=device)
     oracle[ahead >= 0] = one_hot[ahead[ahead >= 0]].unsqueeze(1)
     arms: dict[str, Tensor | None] = {
@@ -115,35 +115,17 @@ def _batch_sums(model: XLoraModel, batch: Batch) -> dict[str, float]:
         "uniform": torch.full((n_adapters,), 1 / n_adapters, device=device),
         **{f"expert:{name}": one_hot[k] for k, name in enumerate(names)},
         "right": oracle,
-        "routed": routed,
     }
-    sums: dict[str, float] = {}
-    where = torch.empty(0, 2, dtype=torch.int64, device=device)
+    losses = {}
     for arm, scalings in arms.items():
-        logits = model.main_pass(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            scalings=scalings,
-            logits_to_keep=columns,
-            use_cache=False,
-        ).logits
-        losses, where = column_losses(logits, batch, columns)
-        sums[f"loss:{arm}"] = float(losses.sum())
-    at_answers = routed[where[:, 0], where[:, 1]]  # [N, L, K]
-    targets = right[where[:, 0], where[:, 1]]  # [N]
-    known = targets >= 0
-    mass = at_answers.mean(dim=1)  # [N, K]
-    shares = at_answers / at_answers.sum(dim=-1, keepdim=True).clamp_min(1e-9)
-    entropy = -(shares * shares.clamp_min(1e-9).log()).sum(dim=-1).mean(dim=-1)
-    scale = math.log(n_adapters) if n_adapters > 1 else 1.0
-    sums |= {
-        "tokens": float(len(targets)),
-        "known": float(known.sum()),
-        "right_mass": float(mass[known].gather(1, targets[known, None]).sum()),
-        "right_top": float((mass[known].argmax(dim=1) == targets[known]).sum()),
-        "entropy": float((entropy / scale).sum()),
-    }
-    return sums
+        logits = model.main_pass(scalings=scalings, **inputs).logits
+        losses[arm] = float(column_losses(logits, batch.labels, columns).sum())
+    with router_logits_of(model) as router_logits:
+        logits = model(**inputs).logits
+    losses["routed"] = float(column_losses(logits, batch.labels, columns).sum())
+    routed = model.route(router_logits(batch.labels))  # [B, T, L or 1, K]
+    sums.add(routed[rows, writers], right[rows, writers])
+    return losses
 
 
 def _filled_from_ahead(right: Tensor) -> Tensor:

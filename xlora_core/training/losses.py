@@ -1,4 +1,4 @@
-"""Language-model losses over answer tokens only."""
+"""Losses: of the language model over answer tokens, and of the router."""
 
 from __future__ import annotations
 
@@ -9,82 +9,127 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from xlora_core.training.data import IGNORE, Batch, Example, collate
+from xlora_core.training.data import IGNORE
 
 
-def backbone_losses(causal_lm: Any, batch: Batch) -> Tensor:
+def answer_positions(labels: Tensor) -> Tensor:
+    """Returns where answer tokens are written, int64 ``[N, 2]``: row, and position of the writer.
+
+    The writer is the token *before* the answer token: its logits are the loss's, and its scalings
+    wrote it. An answer token at position 0 has no writer.
+
+    Args:
+        labels: ``[B, T]``, ``IGNORE`` outside the answers.
+    """
+    return (labels[:, 1:] != IGNORE).nonzero()
+
+
+def backbone_losses(causal_lm: Any, input_ids: Tensor, mask: Tensor, labels: Tensor) -> Tensor:
     """Returns the loss of each answer token of a plain Hugging Face causal language model.
 
     The head runs on the answer tokens only: with a large vocabulary it is the costly part.
 
     Args:
         causal_lm: Has ``get_decoder()`` and ``get_output_embeddings()``.
-        batch: B rows of T tokens.
+        input_ids: ``[B, T]`` int64.
+        mask: ``[B, T]``, 0 on padding.
+        labels: ``[B, T]``, ``IGNORE`` outside the answers.
 
     Returns:
-        float32 ``[N]``, nats, one for each answer token that has a token before it.
+        float32 ``[N]``, nats, in the order of ``answer_positions``.
     """
-    batch = batch.to(causal_lm.device)
-    kept = batch.labels[:, 1:] != IGNORE
-    hidden = causal_lm.get_decoder()(
-        input_ids=batch.input_ids, attention_mask=batch.attention_mask
-    ).last_hidden_state
+    kept = labels[:, 1:] != IGNORE
+    decoder = causal_lm.get_decoder()
+    hidden = decoder(input_ids=input_ids, attention_mask=mask, use_cache=False).last_hidden_state
     logits = causal_lm.get_output_embeddings()(hidden[:, :-1][kept])
-    return F.cross_entropy(logits.float(), batch.labels[:, 1:][kept], reduction="none")
+    return _token_losses(logits, labels[:, 1:][kept])
 
 
-@torch.no_grad()
-def mean_backbone_loss(
-    causal_lm: Any, examples: Sequence[Example], pad_id: int, rows: int = 8
-) -> float:
-    """Returns the mean loss over all answer tokens, in nats a token."""
-    ordered = sorted(examples, key=len)
-    total, count = 0.0, 0
-    for start in range(0, len(ordered), rows):
-        losses = backbone_losses(causal_lm, collate(ordered[start : start + rows], pad_id))
-        total += float(losses.sum())
-        count += losses.numel()
-    return total / count
-
-
-def answer_columns(batch: Batch) -> Tensor:
+def answer_columns(labels: Tensor) -> Tensor:
     """Returns the positions after which some row has an answer token, int64 ``[C]``.
 
     They are the only positions whose logits a loss needs (``logits_to_keep``).
     """
-    return (batch.labels[:, 1:] != IGNORE).any(dim=0).nonzero().flatten()
+    return (labels[:, 1:] != IGNORE).any(dim=0).nonzero().flatten()
 
 
-def column_losses(logits: Tensor, batch: Batch, columns: Tensor) -> tuple[Tensor, Tensor]:
+def column_losses(logits: Tensor, labels: Tensor, columns: Tensor) -> Tensor:
     """Returns the loss of each answer token from the logits of ``answer_columns``.
 
     Args:
         logits: ``[B, C, V]``.
-        batch: B rows.
+        labels: ``[B, T]``.
         columns: ``[C]``.
 
     Returns:
-        float32 ``[N]`` in nats, and int64 ``[N, 2]``: row and position of the token *before*
-        each answer token, that is the one whose scalings wrote it.
+        float32 (float64 for float64 logits) ``[N]``, nats, in the order of ``answer_positions``.
     """
-    targets = batch.labels[:, columns + 1]
+    targets = labels[:, columns + 1]
     kept = targets != IGNORE
-    losses = F.cross_entropy(logits[kept].float(), targets[kept], reduction="none")
-    where = kept.nonzero()
-    where[:, 1] = columns[where[:, 1]]
-    return losses, where
+    return _token_losses(logits[kept], targets[kept])
 
 
-def balanced_mean(losses: Tensor, domains: Sequence[str]) -> Tensor:
-    """Returns the mean over domains of each domain's mean loss.
+def _token_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    return F.cross_entropy(logits.to(wide), targets, reduction="none")
 
-    Domains with short answers (a number) would otherwise hardly count beside those with long
-    ones (a program), and the router would not learn them.
+
+def token_weights(domains: Sequence[Tensor], *, balanced: bool) -> list[Tensor]:
+    """Returns the weight of each answer token in the loss of one optimiser step.
+
+    The weights of a step sum to 1 over all its forward passes, so that accumulation changes
+    nothing.
 
     Args:
-        losses: ``[N]``.
-        domains: The domain of each loss, length N.
+        domains: Of each forward pass: index >= 0 of the domain of each answer token, ``[N]``.
+        balanced: Every domain of the step weighs the same. Domains with short answers (a number)
+            would otherwise hardly count beside those with long ones (a program), and a router
+            would not learn them.
+
+    Returns:
+        Of each forward pass: float32 ``[N]``.
     """
-    names = sorted(set(domains))
-    of_token = torch.tensor([names.index(d) for d in domains], device=losses.device)
-    return torch.stack([losses[of_token == i].mean() for i in range(len(names))]).mean()
+    together = torch.cat(list(domains))
+    if not balanced:
+        together = torch.zeros_like(together)
+        domains = [torch.zeros_like(of_pass) for of_pass in domains]
+    counts = torch.bincount(together)
+    weights = 1.0 / (counts.clamp_min(1) * (counts > 0).sum().clamp_min(1))
+    return [weights[of_pass] for of_pass in domains]
+
+
+def balance_loss(scalings: Tensor) -> Tensor:
+    """Returns how unevenly the adapters' mass is spread: its squared coefficient of variation.
+
+    0 when every adapter has the same mean scaling in every module, K - 1 when one has it all.
+
+    Args:
+        scalings: ``[N, L, K]`` of N tokens, each summing to 1 over K.
+
+    Source: the importance loss of arXiv 1701.06538, section 4, per routed module; averaged over
+    modules.
+    """
+    mass = scalings.mean(dim=0)  # [L, K]
+    uneven = scalings.shape[-1] * mass.square().sum(dim=-1) / mass.sum(dim=-1).square() - 1
+    return uneven.mean()
+
+
+def label_losses(scalings: Tensor, targets: Tensor) -> Tensor:
+    """Returns the cross-entropy of each token's mean log-scalings to its labelled adapter.
+
+    The mean over modules leaves a single module free: together they shall vote for the label.
+
+    Args:
+        scalings: ``[N, L, K]``, > 0.
+        targets: Index of the labelled adapter, int64 ``[N]``; where there is none, below 0 or
+            K and more, the loss is 0.
+
+    Returns:
+        ``[N]``, nats.
+    """
+    n_adapters = scalings.shape[-1]
+    votes = scalings.clamp_min(torch.finfo(scalings.dtype).tiny).log().mean(dim=1)  # [N, K]
+    known = (targets >= 0) & (targets < n_adapters)
+    return F.cross_entropy(
+        votes, targets.where(known, IGNORE), reduction="none", ignore_index=IGNORE
+    )

@@ -6,180 +6,265 @@ import gzip
 import json
 import random
 import re
+import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from xlora_core.config.training import ExpertTrainConfig, RouterTrainConfig
 from xlora_core.demo import load_base
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.training.data import (
     Example,
+    Row,
     encode_rows,
     mixed_examples,
     read_domain,
+    read_splits,
 )
 from xlora_core.training.evaluation import MIXED, evaluate, table
-from xlora_core.training.experts import ExpertSettings, train_expert
-from xlora_core.training.loop import Report, silent
+from xlora_core.training.experts import train_expert
+from xlora_core.training.log import LOG_FILE, TrainingLog, finished_run
+from xlora_core.training.progress import LineProgress, Progress, Report, silent
 from xlora_core.training.router import (
-    RouterSettings,
+    fit_router,
     fresh_model,
     router_examples,
-    train_router,
+    router_identity,
+    work_folder,
 )
+from xlora_core.training.trainer import run_identity
 
 DEMO = "demo"
 DEMO_BASE_NAME = "SmolLM2-135M-Instruct"
 # Rows and lengths differ so that a step costs about the same: programs and scenes are long.
 DEMO_EXPERTS = (
-    ExpertSettings(domain="math", steps=80, rows=10, max_length=256),
-    ExpertSettings(domain="chemistry", steps=70, rows=8, max_length=288),
-    ExpertSettings(domain="python", steps=50, rows=4, max_length=320),
-    ExpertSettings(domain="verse", steps=40, rows=4, max_length=288),
+    ExpertTrainConfig(domain="math", steps=80, rows=10, max_length=256),
+    ExpertTrainConfig(domain="chemistry", steps=70, rows=8, max_length=288),
+    ExpertTrainConfig(domain="python", steps=50, rows=4, max_length=320),
+    ExpertTrainConfig(domain="verse", steps=40, rows=4, max_length=288),
 )
-DEMO_ROUTER = RouterSettings(steps=100, rows=6, max_length=224, eval_every=50)
+DEMO_ROUTER = RouterTrainConfig(steps=100, rows=6, max_length=224, eval_every=50)
 EVALUATION_LENGTH = 288
+_HELD_OUT_ROWS = 16  # of the curve of an expert
+_HELD_OUT_ROWS_EACH = 3  # of each domain, of the curve of a router
 
 # Rows that cite tables whose licence was not found are left out of the committed sample.
 _UNLICENSED = re.compile(r"melts at|boils at|log P is|IUPAC name \)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a command finds its model and its rows.
+
+    Attributes:
+        data: JSON-lines file, or folder of them.
+        heldout: The held-out rows, if they are not in ``data``.
+        base: ``"demo"``, or the folder of a base model.
+        device: Where it goes; None is ``cuda`` if there is one, else ``cpu``.
+    """
+
+    data: Path
+    heldout: Path | None = None
+    base: str = DEMO
+    device: str | None = None
+
+    def load(self, dtype: str) -> tuple[Any, Any]:
+        """Returns the base model and its tokenizer."""
+        return load_base(self.base, dtype, self.device)
+
+
 def pad_id(tokenizer: Any) -> int:
     """Returns the token id to pad with; padding is masked, so any will do."""
-    return int(tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id)
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(i for i in ids if i is not None))
 
 
 def run_expert(
-    settings: ExpertSettings,
+    settings: ExpertTrainConfig,
+    source: Source,
     *,
-    data: Path,
     out: Path,
-    base: str = DEMO,
     base_name: str = "",
     command: str = "",
-    report: Report = silent,
-) -> None:
-    """Trains one expert, unless ``out`` holds it already with the same settings."""
-    done = out / "training.json"
-    if done.is_file() and json.loads(done.read_text())["settings"] == asdict(settings):
-        report(f"{settings.domain} is trained already: {out}")
-        return
-    model, tokenizer = load_base(base, settings.dtype)
+    progress: Progress | None = None,
+) -> TrainingLog:
+    """Trains one expert, unless ``out`` holds the same already.
+
+    Raises:
+        ConfigError: If ``out`` holds the result of another run, or there are no rows.
+    """
+    progress = progress or Progress()
+    rows = read_splits(source.data, [settings.domain], source.heldout)
+    base, tokenizer = source.load(settings.dtype)
     train = encode_rows(
-        read_domain(data, settings.domain, "train"),
+        rows["train"][settings.domain],
         tokenizer,
         settings.max_length,
-        limit=2 * settings.rows * settings.steps,
+        limit=2 * settings.rows * settings.accumulation * settings.steps,
         join_share=settings.join_share,
         seed=settings.seed,
     )
     heldout = encode_rows(
-        read_domain(data, settings.domain, "heldout"), tokenizer, settings.max_length, limit=16
+        rows["heldout"][settings.domain], tokenizer, settings.max_length, limit=_HELD_OUT_ROWS
     )
-    train_expert(
-        model,
+    done = finished_run(out, run_identity(settings, train, heldout))
+    if done is not None:
+        progress.note(f"is trained already: {out.name}")
+        return done
+    return train_expert(
+        base,
         pad_id(tokenizer),
         train,
         heldout,
         out,
         settings,
-        base_name=base_name or (DEMO_BASE_NAME if base == DEMO else Path(base).name),
+        base_name=base_name or (DEMO_BASE_NAME if source.base == DEMO else Path(source.base).name),
         command=command,
-        report=lambda line: report(f"{settings.domain}  {line}"),
+        progress=progress,
     )
 
 
 def run_router(
-    settings: RouterSettings,
+    settings: RouterTrainConfig,
     adapters: Mapping[str, str],
+    source: Source,
     *,
-    data: Path,
     out: Path,
-    work: Path,
-    base: str = DEMO,
+    work: Path | None = None,
     command: str = "",
-    report: Report = silent,
-) -> None:
-    """Trains a router over experts and writes the whole checkpoint to ``out``.
+    progress: Progress | None = None,
+) -> TrainingLog:
+    """Trains a router over experts and writes the checkpoint, unless ``out`` holds it already.
 
-    The experts' names are the domains whose rows are read. Training may run in bfloat16; the
-    checkpoint is written from a float32 model, so the experts keep every bit.
+    The experts' names are the domains whose rows are read. Frozen experts under a bfloat16 base
+    are rounded while the router trains; the checkpoint is written from a float32 model, so they
+    keep every bit.
+
+    Raises:
+        ConfigError: If ``out`` holds the result of another run, or there are no rows.
     """
-    model, tokenizer = load_base(base, settings.dtype)
-    rows = {name: read_domain(data, name, "train") for name in adapters}
-    xlora = fresh_model(model, adapters, settings)
-    heldout = evaluation_groups(data, list(adapters), tokenizer, rows=3, seed=1)
-    train_router(
-        xlora,
+    progress = progress or Progress()
+    rows = read_splits(source.data, list(adapters), source.heldout)
+    base, tokenizer = source.load(settings.dtype)
+    model = fresh_model(base, adapters, settings)
+    train = router_examples(rows["train"], tokenizer, settings)
+    groups = _groups(rows["heldout"], tokenizer, rows_each=_HELD_OUT_ROWS_EACH, seed=1)
+    heldout = [example for group in groups.values() for example in group]
+    done = finished_run(out, router_identity(model, train, heldout, settings))
+    if done is not None:
+        progress.note(f"is trained already: {out.name}")
+        return done
+    work = work or work_folder(out)
+    log = fit_router(
+        model,
         pad_id(tokenizer),
-        router_examples(rows, tokenizer, settings),
-        [example for group in heldout.values() for example in group],
+        train,
+        heldout,
         work,
         settings,
         command=command,
-        report=lambda line: report(f"router  {line}"),
+        progress=progress,
     )
-    trained = xlora.classifier.state_dict()
-    del xlora, model
-    full = fresh_model(load_base(base, "float32")[0], adapters, settings)
-    full.classifier.load_state_dict(trained)
-    full.save_pretrained(out)
+    if settings.dtype != "float32" and not settings.train_adapters:
+        trained = router_weights(model)
+        del model, base
+        model = fresh_model(source.load("float32")[0], adapters, settings)
+        model.load_state_dict(trained, strict=False)
+    model.save_pretrained(out)
+    log.write(out)
+    shutil.rmtree(work, ignore_errors=True)
+    return log
+
+
+def router_weights(model: XLoraModel) -> dict[str, Any]:
+    """Returns name -> weight of what learns in a model."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _groups(
+    rows: Mapping[str, Sequence[Row]], tokenizer: Any, *, rows_each: int, seed: int
+) -> dict[str, list[Example]]:
+    """Returns examples: some of each domain, and as many that change domain."""
+    groups = {
+        domain: encode_rows(group, tokenizer, EVALUATION_LENGTH, limit=rows_each, seed=seed)
+        for domain, group in rows.items()
+    }
+    if len(rows) > 1:
+        groups[MIXED] = mixed_examples(rows, tokenizer, EVALUATION_LENGTH, rows_each, seed=seed)
+    return {name: group for name, group in groups.items() if group}
 
 
 def evaluation_groups(
     data: Path, domains: Sequence[str], tokenizer: Any, *, rows: int, seed: int = 0
 ) -> dict[str, list[Example]]:
-    """Returns held-out examples: ``rows`` of each domain, and ``rows`` that change domain."""
+    """Returns held-out examples: ``rows`` of each domain, and ``rows`` that change domain.
+
+    Raises:
+        ConfigError: If there are no rows of a domain, or all are too long.
+    """
     by_domain = {domain: read_domain(data, domain, "heldout") for domain in domains}
-    groups = {
-        domain: encode_rows(group, tokenizer, EVALUATION_LENGTH, limit=rows, seed=seed)
-        for domain, group in by_domain.items()
-    }
-    if len(domains) > 1:
-        groups[MIXED] = mixed_examples(by_domain, tokenizer, EVALUATION_LENGTH, rows, seed=seed)
+    groups = _groups(by_domain, tokenizer, rows_each=rows, seed=seed)
+    empty = [domain for domain in domains if domain not in groups]
+    if empty:
+        raise ConfigError(
+            f"no held-out row of {', '.join(empty)} fits into {EVALUATION_LENGTH} tokens"
+        )
     return groups
 
 
 def run_evaluation(
-    checkpoint: Path,
+    model: XLoraModel,
+    tokenizer: Any,
     *,
     data: Path,
-    out: Path,
+    out: Path | None = None,
     card: Path | None = None,
-    base: str = DEMO,
     rows: int = 16,
     command: str = "",
     report: Report = silent,
-) -> str:
-    """Evaluates a checkpoint in float32; writes JSON, and the table into a model card.
+) -> dict[str, Any]:
+    """Evaluates a model; writes JSON, and the table into a model card.
+
+    Args:
+        model: The model; in float32 for figures worth quoting.
+        tokenizer: Its tokenizer.
+        data: File of held-out rows, or folder as of ``read_domain``.
+        out: JSON file of the record.
+        card: Markdown file with marks between which the table goes.
+        rows: Rows of each domain.
+        command: The command line, for the record.
+        report: Gets a line per domain.
 
     Returns:
-        The table.
+        The record: ``results`` by domain, and how they were made.
 
     Raises:
-        ConfigError: If the card has no place for the table.
+        ConfigError: If the card has no place for the table, or there are no rows.
     """
-    model, tokenizer = load_base(base, "float32")
-    xlora = XLoraModel.from_pretrained(model, checkpoint)
-    groups = evaluation_groups(data, xlora.adapter_names, tokenizer, rows=rows)
-    results = evaluate(xlora, groups, pad_id(tokenizer), report=report)
-    values = {name: asdict(result) for name, result in results.items()}
-    record = {
+    if card is not None:
+        _card_parts(card)
+    groups = evaluation_groups(data, model.adapter_names, tokenizer, rows=rows)
+    results = evaluate(model, groups, pad_id(tokenizer), report=report)
+    record: dict[str, Any] = {
         "command": command,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "rows_per_domain": rows,
         "max_length": EVALUATION_LENGTH,
-        "results": values,
+        "results": {name: asdict(result) for name, result in results.items()},
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = table(values)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     if card is not None:
-        write_into_card(card, text)
-    return text
+        write_into_card(card, table(record["results"]))
+    return record
+
+
+_CARD_MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
 
 
 def write_into_card(card: Path, text: str) -> None:
@@ -188,13 +273,18 @@ def write_into_card(card: Path, text: str) -> None:
     Raises:
         ConfigError: If the card has no such marks.
     """
-    start, end = "<!-- evaluation -->", "<!-- /evaluation -->"
-    old = card.read_text(encoding="utf-8")
+    start, end = _CARD_MARKS
+    head, tail = _card_parts(card)
+    card.write_text(f"{head}{start}\n{text}\n{end}{tail}", encoding="utf-8")
+
+
+def _card_parts(card: Path) -> tuple[str, str]:
+    start, end = _CARD_MARKS
+    old = card.read_text(encoding="utf-8") if card.is_file() else ""
     if start not in old or end not in old:
         raise ConfigError(f"{card} has no lines {start} and {end} for the table to stand between")
     head, _, rest = old.partition(start)
-    tail = rest.partition(end)[2]
-    card.write_text(f"{head}{start}\n{text}\n{end}{tail}", encoding="utf-8")
+    return head, rest.partition(end)[2]
 
 
 def write_sample(
@@ -214,11 +304,19 @@ def write_sample(
                 if not _UNLICENSED.search(row.assistant) and len(row.user + row.assistant) < 1600
             ]
             chosen = random.Random(seed).sample(rows, min(count, len(rows)))
-            lines = [json.dumps(asdict(row), ensure_ascii=False) for row in chosen]
+            lines = [json.dumps(_plain(row), ensure_ascii=False) for row in chosen]
             path = out / f"{domain}.{split}.jsonl.gz"
             # mtime and name fixed: the same rows make the same file
             with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
                 packed.write(("\n".join(lines) + "\n").encode())
+
+
+def _plain(row: Row) -> dict[str, Any]:
+    values: dict[str, Any] = {"domain": row.domain, "id": row.id}
+    if row.history:
+        messages = [{"role": role, "content": content} for role, content in row.messages]
+        return values | {"messages": messages}
+    return values | {"user": row.user, "assistant": row.assistant}
 
 
 def run_demo(
@@ -228,41 +326,42 @@ def run_demo(
 
     Goes on where an earlier call with the same ``work`` was cut off.
     """
-    module = "python -m xlora_core.training"
+    command = "python -m xlora_core.training demo"
+    source = Source(data=data, base=base)
     adapters = {}
     for settings in DEMO_EXPERTS:
         folder = work / "experts" / settings.domain
         run_expert(
             settings,
-            data=data,
+            source,
             out=folder,
-            base=base,
             base_name=DEMO_BASE_NAME,
-            command=f"{module} demo",
-            report=report,
+            command=command,
+            progress=LineProgress(report, settings.domain),
         )
         adapters[settings.domain] = str(folder)
     run_router(
         DEMO_ROUTER,
         adapters,
-        data=data,
+        source,
         out=out / "demo",
         work=work / "router",
-        base=base,
-        command=f"{module} demo",
-        report=report,
+        command=command,
+        progress=LineProgress(report, "router"),
     )
     logs = out / "training"
     logs.mkdir(parents=True, exist_ok=True)
-    for name, trained in {**adapters, "router": str(work / "router")}.items():
-        (logs / f"{name}.json").write_bytes((Path(trained) / "training.json").read_bytes())
+    for name, trained in {**adapters, "router": str(out / "demo")}.items():
+        (logs / f"{name}.json").write_bytes((Path(trained) / LOG_FILE).read_bytes())
     write_sample(data, list(adapters), out / "rows", train=32, heldout=16)
-    return run_evaluation(
-        out / "demo",
+    model, tokenizer = source.load("float32")
+    record = run_evaluation(
+        XLoraModel.from_pretrained(model, out / "demo"),
+        tokenizer,
         data=out / "rows",
         out=out / "evaluation.json",
         card=out / "MODEL_CARD.md",
-        base=base,
-        command=f"{module} evaluate",
+        command=command,
         report=report,
     )
+    return table(record["results"])

@@ -1,9 +1,11 @@
-"""Training the X-LoRA classifier over finished experts, with the language-model loss alone."""
+"""Training an X-LoRA router over finished experts."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+import contextlib
+import hashlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,49 +13,201 @@ import torch
 from torch import Tensor, nn
 
 from xlora_core.config import XLoraConfig
+from xlora_core.config.training import RouterTrainConfig
 from xlora_core.errors import ConfigError
+from xlora_core.gate import Gate
 from xlora_core.model import XLoraModel
-from xlora_core.training.data import (
-    Batch,
-    Example,
-    Row,
-    batches,
-    collate,
-    encode_rows,
-    mixed_examples,
+from xlora_core.routing import scalings_from_logits
+from xlora_core.training.data import Example, Row, encode_rows, mixed_examples
+from xlora_core.training.log import TrainingLog
+from xlora_core.training.losses import (
+    answer_columns,
+    answer_positions,
+    balance_loss,
+    column_losses,
+    label_losses,
 )
-from xlora_core.training.loop import CHECKPOINT, LoopSettings, Report, TrainingLog, optimise, silent
-from xlora_core.training.losses import answer_columns, balanced_mean, column_losses
+from xlora_core.training.progress import Progress
+from xlora_core.training.trainer import AnswerPass, AnswerTrainer, run_identity
 
 
-@dataclass(frozen=True, kw_only=True)
-class RouterSettings(LoopSettings):
-    """How a router is trained.
+class RouterTrainer(AnswerTrainer):
+    """Trains a router, and the experts if they are trainable.
 
-    Attributes:
-        mixed_share: Share of rows whose domain changes midway.
-        depth: Linear layers of the classifier.
-        size: Width of its hidden layers, unused at depth 1.
-        layerwise: One set of scalings per adapted module.
-        balanced: Every domain of a batch counts the same, however long its answers are.
+    Args:
+        model: The model; trained in place.
+        pad_id: Token id to pad with.
+        train: Training examples.
+        heldout: Held-out examples, for the curve; may be empty.
+        folder: Folder of the checkpoints.
+        settings: How to train.
+        progress: Shows how it gets on.
+
+    Raises:
+        ConfigError: As of ``AnswerTrainer``; or if an auxiliary loss is wanted that the model's
+            router cannot have.
     """
 
-    steps: int = 120
-    rows: int = 6
-    max_length: int = 288
-    learning_rate: float = 3e-3
-    mixed_share: float = 0.3
-    depth: int = 1
-    size: int = 2048
-    layerwise: bool = True
-    balanced: bool = True
+    model: XLoraModel
+    settings: RouterTrainConfig
+
+    def __init__(
+        self,
+        model: XLoraModel,
+        pad_id: int,
+        train: Sequence[Example],
+        heldout: Sequence[Example],
+        folder: Path,
+        settings: RouterTrainConfig,
+        *,
+        progress: Progress | None = None,
+    ) -> None:
+        _check_auxiliary(model, settings)
+        super().__init__(
+            model,
+            pad_id,
+            train,
+            heldout,
+            folder,
+            settings,
+            run=router_identity(model, train, heldout, settings),
+            domains=model.adapter_names,
+            progress=progress,
+        )
+
+    def answer_pass(self, inputs: Mapping[str, Tensor]) -> AnswerPass:
+        """Runs both passes; the logits of the answer tokens only."""
+        labels = inputs["labels"]
+        columns = answer_columns(labels)
+        with router_logits_of(self.model) as router_logits:
+            logits = self.model(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                logits_to_keep=columns,
+                use_cache=False,
+            ).logits
+        rows, writers = answer_positions(labels).unbind(dim=1)
+        at_answers = router_logits(labels)[rows, writers]  # [N, L, K]
+        return AnswerPass(
+            losses=column_losses(logits, labels, columns),
+            domains=inputs["domains"][rows, writers + 1],
+            scalings=_scalings(self.model, at_answers),
+        )
+
+    def auxiliary_losses(
+        self, answers: AnswerPass, weights: Tensor
+    ) -> dict[str, tuple[float, Tensor]]:
+        """Returns the balance loss and the label loss, where they are on."""
+        settings = self.settings
+        losses: dict[str, tuple[float, Tensor]] = {}
+        if answers.scalings is None or not len(weights):
+            return losses
+        if settings.balance_loss:
+            # Of one forward pass, not of the whole step: it is no sum over tokens.
+            share = weights.sum() * balance_loss(answers.scalings)
+            losses["balance"] = settings.balance_loss, share
+        ended = settings.label_steps is not None and self.state.global_step >= settings.label_steps
+        if settings.label_loss and not ended:
+            of_tokens = label_losses(answers.scalings, answers.domains)
+            losses["label"] = settings.label_loss, (of_tokens * weights).sum()
+        return losses
+
+
+def train_router(
+    model: XLoraModel,
+    pad_id: int,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    out: str | Path,
+    settings: RouterTrainConfig,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> TrainingLog:
+    """Trains a model's router and writes the model to a folder.
+
+    Whatever requires a gradient learns: the classifier, or the gates of a per-layer router; with
+    ``use_trainable_adapters`` the experts, too. Goes on from ``<out>.training`` when a run with
+    the same settings, rows and experts was cut off there.
+
+    Args:
+        model: The model; trained in place, left in evaluation mode.
+        pad_id: Token id to pad with.
+        train: Training examples.
+        heldout: Held-out examples, for the curve; may be empty.
+        out: Folder for the X-LoRA checkpoint and ``training.json``.
+        settings: How to train.
+        command: The command line, written to ``training.json``.
+        progress: Shows how it gets on; None says nothing.
+
+    Returns:
+        The losses on the way.
+
+    Raises:
+        ConfigError: If nothing in the model can be trained, or a setting does not fit it.
+        CheckpointError: If the checkpoint to go on from is damaged, or ``out`` cannot be written.
+        ModelError: If training diverged.
+        KeyboardInterrupt: After Ctrl-C, once a checkpoint is written.
+    """
+    out = Path(out)
+    work = work_folder(out)
+    log = fit_router(
+        model, pad_id, train, heldout, work, settings, command=command, progress=progress
+    )
+    model.save_pretrained(out)
+    log.write(out)
+    shutil.rmtree(work, ignore_errors=True)
+    return log
+
+
+def fit_router(
+    model: XLoraModel,
+    pad_id: int,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    work: Path,
+    settings: RouterTrainConfig,
+    *,
+    command: str = "",
+    progress: Progress | None = None,
+) -> TrainingLog:
+    """Trains as ``train_router`` does, without writing the model.
+
+    Args:
+        model: The model; trained in place, left in evaluation mode.
+        pad_id: Token id to pad with.
+        train: Training examples.
+        heldout: Held-out examples; may be empty.
+        work: Folder of the trainer's checkpoints; they stay.
+        settings: How to train.
+        command: The command line, for the log.
+        progress: Shows how it gets on; None says nothing.
+    """
+    trainer = RouterTrainer(model, pad_id, train, heldout, work, settings, progress=progress)
+    return trainer.fit(command=command)
+
+
+def work_folder(out: Path) -> Path:
+    """Returns where a run that writes to ``out`` keeps its checkpoints."""
+    return out.with_name(f"{out.name}.training")
+
+
+def router_identity(
+    model: XLoraModel,
+    train: Sequence[Example],
+    heldout: Sequence[Example],
+    settings: RouterTrainConfig,
+) -> dict[str, Any]:
+    """Returns what makes a router's run what it is, as ``run_identity``; before training."""
+    experts = {"adapters": list(model.adapter_names), "expert weights": _hash_of_experts(model)}
+    return run_identity(settings, train, heldout, **experts)
 
 
 def router_examples(
-    rows: Mapping[str, Sequence[Row]], tokenizer: Any, settings: RouterSettings
+    rows: Mapping[str, Sequence[Row]], tokenizer: Any, settings: RouterTrainConfig
 ) -> list[Example]:
     """Returns a training mixture: as many rows of each domain, and rows that change domain."""
-    needed = settings.steps * settings.rows
+    needed = settings.steps * settings.rows * settings.accumulation
     mixed = int(needed * settings.mixed_share) if len(rows) > 1 else 0
     per_domain = -(-(needed - mixed) // len(rows))
     examples = mixed_examples(rows, tokenizer, settings.max_length, mixed, seed=settings.seed)
@@ -64,99 +218,93 @@ def router_examples(
     return examples
 
 
-def answer_losses(model: XLoraModel, batch: Batch) -> tuple[Tensor, list[str]]:
-    """Returns the routed loss of each answer token, float32 ``[N]`` in nats, and its domain."""
-    batch = batch.to(model.device)
-    columns = answer_columns(batch)
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        logits_to_keep=columns,
-        use_cache=False,
-    ).logits
-    losses, where = column_losses(logits, batch, columns)
-    return losses, [batch.domains[row][position + 1] for row, position in where.tolist()]
+def fresh_model(base: Any, adapters: Mapping[str, str], settings: RouterTrainConfig) -> XLoraModel:
+    """Returns a model over experts whose router starts as the uniform merge.
 
-
-def train_router(
-    model: XLoraModel,
-    pad_id: int,
-    train: Sequence[Example],
-    heldout: Sequence[Example],
-    out: str | Path,
-    settings: RouterSettings,
-    *,
-    command: str = "",
-    report: Report = silent,
-) -> TrainingLog:
-    """Trains a model's classifier, and its experts if they are trainable.
-
-    Goes on from ``out/checkpoint.safetensors`` when a run with the same settings was cut off there.
-
-    Args:
-        model: The model; trained in place, left in evaluation mode.
-        pad_id: Token id to pad with.
-        train: The mixture.
-        heldout: Held-out examples, for the curve.
-        out: Folder for ``training.json`` and the checkpoint.
-        settings: How to train.
-        command: The command line, written to ``training.json``.
-        report: Gets a line at each step.
-
-    Raises:
-        ConfigError: If nothing in the model can be trained.
-    """
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not learning:
-        raise ConfigError("no parameter of the model requires a gradient, nothing can be trained")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(settings.seed)
-
-    def loss(batch: Batch) -> Tensor:
-        losses, domains = answer_losses(model, batch)
-        return balanced_mean(losses, domains) if settings.balanced else losses.mean()
-
-    @torch.no_grad()
-    def heldout_loss() -> float:
-        model.eval()
-        ordered = sorted(heldout, key=len)
-        groups = [ordered[i : i + settings.rows] for i in range(0, len(ordered), settings.rows)]
-        losses = torch.cat([answer_losses(model, collate(g, pad_id))[0] for g in groups])
-        model.train()
-        return float(losses.mean())
-
-    model.train()
-    log = TrainingLog(settings=asdict(settings), command=command)
-    optimise(
-        learning,
-        loss,
-        heldout_loss,
-        batches(train, settings.rows, pad_id, seed=settings.seed, window=8),
-        settings,
-        log,
-        out,
-        report=report,
-    )
-    model.eval()
-    log.write(out / "training.json")
-    (out / CHECKPOINT).unlink(missing_ok=True)
-    return log
-
-
-def fresh_model(base: Any, adapters: Mapping[str, str], settings: RouterSettings) -> XLoraModel:
-    """Returns a model over experts whose classifier's last layer is zero.
-
-    So it starts as the uniform merge, and every preference it ends with comes from the data.
+    The classifier's last layer is zero, as the gates are, so every preference it ends with comes
+    from the data.
     """
     config = XLoraConfig(
         adapters=adapters,
         layerwise_scalings=settings.layerwise,
         xlora_depth=settings.depth,
         xlora_size=settings.size,
+        use_trainable_adapters=settings.train_adapters,
+        router=settings.router,
     )
     model = XLoraModel.from_base(base, config)
-    last = cast("nn.Linear", model.classifier.layers[-1])
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+    if config.router == "classifier":
+        last = cast("nn.Linear", model.classifier.layers[-1])
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
     return model
+
+
+class _Observed:
+    """The router logits of one forward call of a model, as its router's modules returned them."""
+
+    def __init__(self) -> None:
+        self.logits: list[Tensor] = []
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Returns ``[B, T, L or 1, K]`` for tokens ``[B, T]``."""
+        if self.logits[0].ndim == 4:  # the classifier's
+            return self.logits[-1]
+        shape = (*tokens.shape, self.logits[0].shape[-1])
+        return torch.stack([of_gate.reshape(shape) for of_gate in self.logits], dim=-2)
+
+
+@contextlib.contextmanager
+def router_logits_of(model: XLoraModel) -> Iterator[_Observed]:
+    """Observes the router logits of a forward call, gradient included.
+
+    Yields:
+        Called after the forward call with its tokens ``[B, T]``: the logits ``[B, T, L or 1, K]``.
+    """
+    observed = _Observed()
+    gates = [module for module in model.modules() if isinstance(module, Gate)]
+    routers: list[nn.Module] = [*gates] or [model.classifier]
+    handles = [
+        router.register_forward_hook(lambda *call: observed.logits.append(call[-1]))
+        for router in routers
+    ]
+    try:
+        yield observed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _scalings(model: XLoraModel, router_logits: Tensor) -> Tensor:
+    """Returns the scalings of router logits, softmax over all adapters even where top-k cuts."""
+    config = model.config_xlora
+    return scalings_from_logits(
+        router_logits,
+        enable_softmax=config.enable_softmax or config.enable_softmax_topk,
+        temperature=config.softmax_temperature if config.enable_softmax else 1.0,
+    )
+
+
+def _check_auxiliary(model: XLoraModel, settings: RouterTrainConfig) -> None:
+    if not (settings.balance_loss or settings.label_loss):
+        return
+    config = model.config_xlora
+    faults = []
+    if not (config.enable_softmax or config.enable_softmax_topk):
+        faults.append("balance_loss and label_loss need scalings that sum to 1: enable_softmax")
+    if config.router == "per_layer" and settings.gradient_checkpointing == "reentrant":
+        faults.append(
+            "balance_loss and label_loss of a per-layer router get no gradient under reentrant "
+            "gradient checkpointing: gradient_checkpointing must be off or non-reentrant"
+        )
+    if faults:
+        raise ConfigError(faults)
+
+
+def _hash_of_experts(model: XLoraModel) -> str:
+    """Returns a sha256 of the experts as they are before training."""
+    digest = hashlib.sha256()
+    for layer in model.lora_layers:
+        for weight in (layer.lora_A, layer.lora_B):
+            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

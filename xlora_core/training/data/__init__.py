@@ -1,0 +1,34 @@
+"""Training text: JSON lines -> rows -> tokens with a loss on the answers only -> batches.
+
+Everything here is deterministic by seed.
+"""
+
+from xlora_core.training.data.batches import NO_DOMAIN, Batch, by_length, collate, step_order
+from xlora_core.training.data.encoding import (
+    IGNORE,
+    Example,
+    encode,
+    encode_rows,
+    joined,
+    mixed_examples,
+)
+from xlora_core.training.data.rows import SPLITS, Row, read_domain, read_rows, read_splits
+
+__all__ = [
+    "IGNORE",
+    "NO_DOMAIN",
+    "SPLITS",
+    "Batch",
+    "Example",
+    "Row",
+    "by_length",
+    "collate",
+    "encode",
+    "encode_rows",
+    "joined",
+    "mixed_examples",
+    "read_domain",
+    "read_rows",
+    "read_splits",
+    "step_order",
+]

@@ -1,0 +1,59 @@
+"""Ctrl-C ends a training run after its step, so that the checkpoint is one of a whole step."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+from transformers import TrainerCallback
+
+from xlora_core.training.progress import Progress
+
+
+class Interruption(TrainerCallback):
+    """Takes Ctrl-C while its ``with`` block runs; a second one stops at once.
+
+    Outside the main thread, where Python handles no signals, it does nothing.
+
+    Args:
+        progress: Told when the run is about to stop.
+
+    Attributes:
+        requested: Whether Ctrl-C came.
+    """
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.requested = False
+        self._previous: Any = None
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)
+            self._previous = None
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self._restore()  # the next one is not ours
+        self.progress.note("stopping after this step; Ctrl-C again stops at once, without saving")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Saves and stops, if Ctrl-C came during the step."""
+        if self.requested:
+            control.should_save = True
+            control.should_training_stop = True
