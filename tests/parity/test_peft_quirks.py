@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaForCausalLM
@@ -245,6 +246,25 @@ def test_b8_the_classifier_is_in_the_base_models_mode_and_stays_trainable(tmp_pa
     assert not any(parameter.requires_grad for parameter in model.base_model.parameters())
 
 
+@torch.no_grad()
+def test_b9_the_latest_scalings_are_never_those_of_an_earlier_call(
+    model: XLoraModel, reference: Any
+) -> None:
+    prompt = tiny_prompt()
+    for llm in (model, reference):
+        llm(input_ids=prompt)
+        assert llm.get_latest_scalings() is not None
+        with llm.disable_adapter():
+            llm(input_ids=prompt[:, :4])
+    assert reference.get_latest_scalings().shape[1] == 9  # of the call before
+    assert model.get_latest_scalings() is None
+    model(input_ids=prompt)
+    for llm in (model, reference):
+        llm.clear_scalings_log()
+    assert reference.get_latest_scalings() is not None
+    assert model.get_latest_scalings() is None
+
+
 # ------------------------------------------------------------------ C: what PEFT does not take
 
 
@@ -260,6 +280,30 @@ def test_c_two_xlora_models_over_one_base_are_refused(model: XLoraModel, tmp_pat
     adapters = write_experts(tmp_path / "more")
     with pytest.raises(AdapterError, match="carries experts already"):
         XLoraModel.from_base(model.base_model, XLoraConfig(adapters=adapters))
+
+
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers", "ignore:.*tie_word_embeddings")
+def test_c_adapters_of_a_head_as_peft_saves_them(tmp_path: Path) -> None:
+    """PEFT writes the head's own weight into the adapter; it must be the model's."""
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], init_lora_weights=False
+    )
+    lora = peft.get_peft_model(tiny_base(), config).eval()
+    lora.save_pretrained(tmp_path / "head")
+    assert "base_model.model.lm_head.base_layer.weight" in load_file(
+        tmp_path / "head" / "adapter_model.safetensors"
+    )
+    xlora = XLoraConfig(adapters={"head": str(tmp_path / "head")})
+    model = XLoraModel.from_base(tiny_base(), xlora)
+    prompt = tiny_prompt()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model(input_ids=prompt).logits, lora(input_ids=prompt).logits, atol=1e-4, rtol=0
+        )
+    # Rounding to the dtype that a base model is loaded in is no difference, another seed is.
+    XLoraModel.from_base(tiny_base(dtype=torch.bfloat16), xlora)
+    with pytest.raises(AdapterError, match="module lm_head: the adapter's file brings the weight"):
+        XLoraModel.from_base(tiny_base(seed=1), xlora)
 
 
 @torch.no_grad()
