@@ -146,13 +146,15 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         checkpoint = read_checkpoint(folder, adapters, ordering=ordering)
         checkpoint = check_fits(folder, checkpoint, hf_model)
         model = cls(hf_model, checkpoint.config, checkpoint.adapters)
-        model.classifier.load_state_dict(dict(checkpoint.classifier))
+        model.router.load_state_dict(
+            {name.removeprefix("gates."): t for name, t in checkpoint.classifier.items()}
+        )
         return model
 
     def save_pretrained(
         self, folder: str | Path, *, bundle: bool = True, safe_serialization: bool = True
     ) -> None:
-        """Writes a checkpoint: classifier, experts, names, module order.
+        """Writes a checkpoint: router, experts, names, module order.
 
         Args:
             folder: A new or empty folder, or a checkpoint to replace.
@@ -176,7 +178,9 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             folder,
             Checkpoint(
                 config=self._config_xlora,
-                classifier=self.classifier.state_dict(),
+                classifier=self.router.state_dict(
+                    prefix="gates." if self.is_routed_per_layer else ""
+                ),
                 adapters=self._current_adapters(),
                 layer_names=self.lora_layer_names,
                 base=base_identity(self.base_model.config),

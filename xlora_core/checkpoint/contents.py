@@ -27,7 +27,8 @@ class Checkpoint:
 
     Attributes:
         config: The X-LoRA config; its adapter paths point to where the experts were read.
-        classifier: The router's tensors by name, ``layers.<i>.weight`` and ``.bias``.
+        classifier: The router's tensors by name: ``layers.<i>.weight`` and ``.bias`` of a
+            classifier, ``gates.<module>.weight`` and ``.bias`` of a per-layer router.
         adapters: The experts in the classifier's output order.
         layer_names: Adapted module paths in the classifier's output order; None where the layout
             does not store them, then it is the base model's own order.

@@ -10,6 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from xlora_core.checkpoint.contents import Checkpoint, base_identity
+from xlora_core.checkpoint.gate_tensors import (
+    check_gate_widths,
+    check_gates,
+    gates_in_module_order,
+)
 from xlora_core.checkpoint.linear_chain import check_depth, in_module_order, linear_indices
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import CheckpointError
@@ -58,12 +63,12 @@ def check_fits(folder: str | Path, checkpoint: Checkpoint, base_model: Any) -> C
     check_router(
         folder, checkpoint.classifier, config, n_lora_layers=len(paths), n_adapters=n_adapters
     )
-    return replace(
-        checkpoint,
-        classifier=in_module_order(checkpoint.classifier, config, stored=stored, wanted=paths),
-        layer_names=paths,
-        base=found,
-    )
+    if config.router == "per_layer":
+        tensors = gates_in_module_order(checkpoint.classifier, stored=stored, wanted=paths)
+        check_gate_widths(folder, tensors, base_model, paths)
+    else:
+        tensors = in_module_order(checkpoint.classifier, config, stored=stored, wanted=paths)
+    return replace(checkpoint, classifier=tensors, layer_names=paths, base=found)
 
 
 def check_router(
@@ -75,6 +80,9 @@ def check_router(
     n_adapters: int,
 ) -> None:
     """Raises ``CheckpointError`` unless a router has exactly the tensors that its config asks."""
+    if config.router == "per_layer":
+        check_gates(folder, tensors, n_lora_layers=n_lora_layers, n_adapters=n_adapters)
+        return
     check_depth(Path(folder), config, most=len(tensors))
     expected = router_shapes(config, n_lora_layers=n_lora_layers, n_adapters=n_adapters)
     present = {k: list(v.shape) for k, v in tensors.items()}
@@ -90,7 +98,7 @@ def check_router(
 def router_shapes(
     config: XLoraConfig, *, n_lora_layers: int, n_adapters: int
 ) -> dict[str, list[int]]:
-    """Returns the shape of every tensor of a router, by name. Builds nothing."""
+    """Returns the shape of every tensor of a classifier, by name. Builds nothing."""
     shapes: dict[str, list[int]] = {}
     width = config.hidden_size or 0
     indices = linear_indices(config)

@@ -4,7 +4,8 @@
 
     xlora.json                 format, version, config, adapter and module names in order,
                                base model identity, sha256 of every expert
-    classifier.safetensors     layers.<i>.weight, layers.<i>.bias
+    classifier.safetensors     layers.<i>.weight, layers.<i>.bias of the classifier;
+                               gates.<module>.weight, gates.<module>.bias of a per-layer router
     adapters/<n>-<name>/       one PEFT LoRA folder per expert, readable by PEFT itself
 
 Version 1 is self-contained: paths in it are relative, and nothing outside it is read. In version 2
