@@ -7,6 +7,7 @@ import pandas as pd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.properties.overrides import OVERRIDES
 from tests.recorded_runs import expected_scalings, make_run
 from xlora_core import RoutingKnobs, Run
 
@@ -15,6 +16,7 @@ KNOBS = st.builds(
     top_k=st.sampled_from([None, 1, 2, 3]),
     temperature=st.floats(0.1, 5),
     global_weight=st.floats(-2, 2),
+    overrides=OVERRIDES,
 )
 
 

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
 
+from tests.properties.overrides import OVERRIDES
 from tests.recorded_runs import assert_same_run, make_run
-from xlora_core import Arm, RoutingKnobs, Run
+from xlora_core import AdapterOverride, Arm, RoutingKnobs, Run
 from xlora_core.errors import RunFileError
 from xlora_core.recording import run_file
 
@@ -24,12 +25,19 @@ ARMS = st.sampled_from(
     [
         Arm.routed(),
         Arm.routed(RoutingKnobs(top_k=2, temperature=0.1, global_weight=-3.0)),
+        Arm.routed(RoutingKnobs(overrides=[AdapterOverride.scale("code", 0.1, "*.v_proj")])),
         Arm.merged(),
         Arm.base(),
         Arm.expert("verse"),
     ]
 )
-VALID_RUN = make_run(3, 5, arms=[Arm.routed(RoutingKnobs(top_k=1)), Arm.expert("math")])
+MUTED = (AdapterOverride.mute("math"), AdapterOverride.pin("code", 0.5, ["*.q_proj"]))
+VALID_RUN = make_run(
+    3,
+    5,
+    arms=[Arm.routed(RoutingKnobs(top_k=1, overrides=MUTED)), Arm.expert("math")],
+    knobs=[RoutingKnobs(overrides=[MUTED, (), MUTED[:1]][t % 3]) for t in range(8)],
+)
 VALID = VALID_RUN.to_bytes()
 N_HEADER = 8 + int.from_bytes(VALID[:8], "little")
 
@@ -42,10 +50,11 @@ N_HEADER = 8 + int.from_bytes(VALID[:8], "little")
     layerwise=st.booleans(),
     finish=st.sampled_from([None, "stop", "length", "cancelled", "error"]),
     seed=st.integers(0, 99),
+    overrides=st.lists(OVERRIDES, min_size=8, max_size=8),
 )
 @settings(max_examples=100)
 def test_every_run_comes_back_as_it_was(
-    arms, pieces, split, prompt_text, layerwise, finish, seed
+    arms, pieces, split, prompt_text, layerwise, finish, seed, overrides
 ) -> None:
     n_prompt = round(split * len(pieces))
     run = make_run(
@@ -56,6 +65,7 @@ def test_every_run_comes_back_as_it_was(
         layerwise=layerwise,
         finish=finish,
         seed=seed,
+        knobs=[RoutingKnobs(overrides=found) for found in overrides],
     )
     run = Run(replace(run.header, prompt_text=prompt_text), run.tracks)
     loaded = Run.from_bytes(run.to_bytes())
