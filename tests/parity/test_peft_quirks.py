@@ -268,7 +268,7 @@ def test_b9_the_latest_scalings_are_never_those_of_an_earlier_call(
 # ------------------------------------------------------------------ C: what PEFT does not take
 
 
-def test_c_a_model_that_is_not_a_language_model_is_refused(tmp_path: Path) -> None:
+def test_c9_a_model_that_is_not_a_language_model_is_refused(tmp_path: Path) -> None:
     class Denoiser(nn.Module):
         """As the models of diffusers are: no Hugging Face config, no tokens."""
 
@@ -276,14 +276,14 @@ def test_c_a_model_that_is_not_a_language_model_is_refused(tmp_path: Path) -> No
         XLoraModel.from_base(Denoiser(), XLoraConfig(adapters=write_experts(tmp_path)))  # type: ignore[arg-type]
 
 
-def test_c_two_xlora_models_over_one_base_are_refused(model: XLoraModel, tmp_path: Path) -> None:
+def test_c10_two_xlora_models_over_one_base_are_refused(model: XLoraModel, tmp_path: Path) -> None:
     adapters = write_experts(tmp_path / "more")
     with pytest.raises(AdapterError, match="carries experts already"):
         XLoraModel.from_base(model.base_model, XLoraConfig(adapters=adapters))
 
 
 @pytest.mark.filterwarnings("ignore:.*save_embedding_layers", "ignore:.*tie_word_embeddings")
-def test_c_adapters_of_a_head_as_peft_saves_them(tmp_path: Path) -> None:
+def test_c7_adapters_of_a_head_as_peft_saves_them(tmp_path: Path) -> None:
     """PEFT writes the head's own weight into the adapter; it must be the model's."""
     config = peft.LoraConfig(
         task_type="CAUSAL_LM", target_modules=["lm_head", "q_proj"], init_lora_weights=False
@@ -307,7 +307,7 @@ def test_c_adapters_of_a_head_as_peft_saves_them(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_c_rows_of_a_batch_may_each_have_another_adapter(model: XLoraModel) -> None:
+def test_c10_rows_of_a_batch_may_each_have_another_adapter(model: XLoraModel) -> None:
     prompt = tiny_prompt(batch=3)
     scalings = torch.eye(3, dtype=torch.float64).view(3, 1, 1, 3)
     mixed = model.main_pass(scalings=scalings, input_ids=prompt).logits

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 from tests.tiny_chat import tiny_chat_xlora, tiny_tokenizer
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts
@@ -75,7 +77,7 @@ def test_x4_use_trainable_adapters_may_change_at_any_time(
     assert model.get_nb_trainable_parameters() == (frozen, all_parameters)
 
 
-def test_x4_a_log_with_steps_of_different_lengths_is_kept_on_disk(tmp_path: Path) -> None:
+def test_d8_a_log_with_steps_of_different_lengths_is_kept_on_disk(tmp_path: Path) -> None:
     model = tiny_chat_xlora(tmp_path)
     with Engine(model, tiny_tokenizer()) as engine:
         run = engine.run(
@@ -90,7 +92,7 @@ def test_x4_a_log_with_steps_of_different_lengths_is_kept_on_disk(tmp_path: Path
         assert again.header.adapter_names == tuple(model.adapter_names)
 
 
-def test_x14_softmax_over_top_k_is_of_each_token_alone(tmp_path: Path) -> None:
+def test_d4_softmax_over_top_k_is_of_each_token_alone(tmp_path: Path) -> None:
     model = tiny_xlora(
         tmp_path, enable_softmax=False, enable_softmax_topk=True, top_k_lora=2, dtype=torch.float64
     )
@@ -103,7 +105,55 @@ def test_x14_softmax_over_top_k_is_of_each_token_alone(tmp_path: Path) -> None:
             assert torch.equal(alone[0, 0], together[row, token])
 
 
-def test_x14_buckets_are_of_lengths_not_of_batch_sizes(model: XLoraModel) -> None:
+@pytest.mark.filterwarnings("ignore:.*save_embedding_layers", "ignore:.*tie_word_embeddings")
+@torch.no_grad()
+def test_d5_embedding_adapters_are_gated_after_the_lookup(tmp_path: Path) -> None:
+    """The package multiplies token ids by scalings. PEFT, right since 0.18, is the reference."""
+    adapters = {}
+    for i in range(3):
+        torch.manual_seed(i)
+        lora = peft.LoraConfig(
+            task_type="CAUSAL_LM",
+            target_modules=["embed_tokens", "v_proj"],
+            init_lora_weights=False,
+        )
+        peft.get_peft_model(gemma3(), lora).save_pretrained(tmp_path / str(i))
+        adapters[str(i)] = str(tmp_path / str(i))
+    model = XLoraModel.from_base(gemma3(), XLoraConfig(adapters=adapters, layerwise_scalings=True))
+    model.classifier.layers[0].weight.normal_(0, 0.5)
+    base = gemma3()
+    base.config.use_cache = False
+    reference = peft.get_peft_model(
+        base,
+        peft.XLoraConfig(
+            task_type="CAUSAL_LM", hidden_size=32, adapters=adapters, layerwise_scalings=True
+        ),
+    ).eval()
+    reference.base_model.internal_xlora_classifier.load_state_dict(model.classifier.state_dict())
+    prompt = tiny_prompt()
+    ours, theirs = (m(input_ids=prompt).logits for m in (model.eval(), reference))
+    assert (ours - gemma3()(input_ids=prompt).logits).abs().max() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+def gemma3() -> Gemma3ForCausalLM:
+    """Returns a tiny model that scales its embeddings, the same at every call, in float64."""
+    config = Gemma3TextConfig(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        pad_token_id=0,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Gemma3ForCausalLM(config).double().eval()
+
+
+def test_d7_buckets_are_of_lengths_not_of_batch_sizes(model: XLoraModel) -> None:
     model.enable_scalings_logging()
     model(input_ids=tiny_prompt(batch=3, length=5))
     model(input_ids=tiny_prompt(batch=2, length=5))
@@ -112,7 +162,7 @@ def test_x14_buckets_are_of_lengths_not_of_batch_sizes(model: XLoraModel) -> Non
     assert {length: positions for length, (positions, _) in buckets.items()} == {5: [0, 1], 4: [2]}
 
 
-def test_x17_backward_again_and_again_with_the_log_on(tmp_path: Path) -> None:
+def test_u1_backward_again_and_again_with_the_log_on(tmp_path: Path) -> None:
     """Issues 18 and 30: "Trying to backward through the graph a second time"."""
     model = tiny_xlora(tmp_path).train()
     model.enable_scalings_logging()
@@ -128,7 +178,7 @@ def test_x17_backward_again_and_again_with_the_log_on(tmp_path: Path) -> None:
     assert losses[2] < losses[1] < losses[0]
 
 
-def test_x17_an_epoch_of_generation_leaves_no_hook_behind(model: XLoraModel) -> None:
+def test_u6_an_epoch_of_generation_leaves_no_hook_behind(model: XLoraModel) -> None:
     """PEFT issue 1472: hooks that pile up while generating."""
     plain = sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in tiny_base().modules())
     for _ in range(2):
