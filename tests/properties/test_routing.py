@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
-from xlora_core.routing import effective_scalings, scalings_from_logits
+from tests.properties.overrides import OVERRIDES
+from tests.recorded_runs import ADAPTERS, LAYERS, overridden
+from xlora_core import AdapterOverride, RoutingKnobs
+from xlora_core.routing import effective_scalings, override_matrix, scalings_from_logits
 
 T, L, K = 3, 2, 4
 laws = settings(max_examples=60)
@@ -193,3 +196,31 @@ def test_one_adapter_under_softmax_has_the_scaling_1(z: torch.Tensor, temperatur
     assert torch.equal(
         scalings_from_logits(z, enable_softmax=True, temperature=temperature), torch.ones(T, L, 1)
     )
+
+
+@laws
+@given(
+    s=logits(np.float64, bound=3.0, k=len(ADAPTERS)),
+    overrides=OVERRIDES,
+    k=st.integers(1, len(ADAPTERS)),
+    weight=st.floats(-3, 3),
+)
+def test_overrides_are_the_last_one_that_concerns_each_cell(
+    s: torch.Tensor, overrides: tuple[AdapterOverride, ...], k: int, weight: float
+) -> None:
+    knobs = RoutingKnobs(overrides=overrides)
+    matrix = override_matrix(knobs, LAYERS, ADAPTERS, dtype=torch.float64)
+    assert (matrix is None) == (not overrides)
+    effective = effective_scalings(s, top_k=k, overrides=matrix, global_weight=weight)
+    left = effective_scalings(s, top_k=k)
+    expected = [
+        [
+            [
+                weight * overridden(knobs, adapter, layer, float(left[t, i, j]))
+                for j, adapter in enumerate(ADAPTERS)
+            ]
+            for i, layer in enumerate(LAYERS)
+        ]
+        for t in range(T)
+    ]
+    torch.testing.assert_close(effective, torch.tensor(expected, dtype=torch.float64))

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from xlora_core import routing
 from xlora_core.config import RoutingKnobs, XLoraConfig
 from xlora_core.errors import ConfigError
 from xlora_core.routing import effective_scalings, route, scalings_from_logits
@@ -104,3 +105,60 @@ def test_gradient_reaches_the_logits_through_top_k() -> None:
     # d p2 / d z_j = p2 (1[j = 2] - p_j) / temperature
     expected = p[2] * (torch.tensor([0.0, 0, 1]) - p) / 0.5
     torch.testing.assert_close(logits.grad[0, 0], expected)
+
+
+# -------------------------------------------------------------------- large tensors
+
+LARGE = (2, 41, 210, 4)
+
+
+def large(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits of which some are far apart, of the size of a recorded run."""
+    logits = torch.randn(LARGE, generator=torch.Generator().manual_seed(0)) * 9
+    assert logits.numel() >= routing._MANY_VALUES
+    return logits.to(dtype)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.3, 1e-30])
+def test_large_tensors_give_torchs_softmax_and_its_gradient(temperature: float) -> None:
+    ours, theirs = large().requires_grad_(), large().requires_grad_()
+    scalings = scalings_from_logits(ours, enable_softmax=True, temperature=temperature)
+    expected = torch.softmax((theirs - theirs.detach().amax(-1, keepdim=True)) / temperature, -1)
+    torch.testing.assert_close(scalings, expected, atol=1e-6, rtol=0)
+    assert scalings.is_contiguous()
+    weights = torch.randn(LARGE, generator=torch.Generator().manual_seed(1)) * temperature
+    for result in (scalings, expected):
+        (result * weights).sum().backward()
+    assert theirs.grad is not None
+    assert theirs.grad.abs().max() > 0.01 or temperature < 0.1
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_large_tensors_of_any_dtype_are_small_ones_together(dtype: torch.dtype) -> None:
+    logits = large(dtype)
+    temperature = torch.linspace(0.2, 3.0, LARGE[1])
+    scalings = scalings_from_logits(logits, enable_softmax=True, temperature=temperature)
+    assert scalings.dtype == dtype
+    rows = [
+        scalings_from_logits(logits[:, t : t + 1, :20], enable_softmax=True, temperature=float(x))
+        for t, x in enumerate(temperature)
+    ]
+    torch.testing.assert_close(
+        scalings[:, :, :20], torch.cat(rows, 1), atol=torch.finfo(dtype).eps, rtol=1e-3
+    )
+
+
+def test_a_graph_has_one_softmax_for_all_sizes() -> None:
+    """An exported router must not depend on the size it was traced with."""
+
+    class Router(torch.nn.Module):
+        def forward(self, logits: torch.Tensor) -> torch.Tensor:
+            return scalings_from_logits(logits, enable_softmax=True, temperature=0.5)
+
+    tokens = torch.export.Dim("tokens", min=2, max=10**6)
+    exported = torch.export.export(
+        Router(), (large()[0],), dynamic_shapes={"logits": {0: tokens}}
+    ).module()
+    few = large()[0, :3]
+    torch.testing.assert_close(exported(few), torch.softmax(few / 0.5, -1), atol=1e-6, rtol=0)
