@@ -33,14 +33,6 @@ def test_relative_links_lead_somewhere(page: Path) -> None:
     assert [link for link in relative if not (page.parent / link).exists()] == []
 
 
-def test_tests_that_docs_name_exist() -> None:
-    text = (ROOT / "docs" / "semantics.md").read_text(encoding="utf-8")
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
-    assert len(named) > 10
-    for path, function in named:
-        assert f"def {function}" in (ROOT / path).read_text(encoding="utf-8"), (path, function)
-
-
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for line in commands("make "):
