@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from xlora_core.config import Arm, RoutingKnobs
 from xlora_core.errors import EngineError
+from xlora_core.kv_cache import DualCache
 
 if TYPE_CHECKING:
+    from transformers.cache_utils import Cache
+
     from xlora_core.model import XLoraModel
 
 
@@ -42,7 +45,7 @@ class ArmDecoder:
         model: The model; its only state used here is weights and config.
         arm: Which way.
         with_base_logits: Whether a routed arm also asks for the base model's logits. They come
-            from the scaling pass, so only while ``scaling_pass_value`` is 0.
+            from the scaling pass, so only where there is one, and ``scaling_pass_value`` is 0.
     """
 
     def __init__(self, model: XLoraModel, arm: Arm, *, with_base_logits: bool) -> None:
@@ -65,29 +68,46 @@ class ArmDecoder:
             token_ids: n >= 1 ids.
             knobs: In force for these tokens; only a routed arm uses them.
         """
-        ids = self._input_ids(token_ids)
-        scalings, router_logits, base_logits = self._scalings, None, None
+        inputs = {
+            "input_ids": self._input_ids(token_ids),
+            "past_key_values": self._cache.main,
+            "logits_to_keep": 1,
+        }
+        if self._routed and self._model.is_routed_per_layer:
+            gated = self._model.gated_pass(knobs=knobs, **inputs)
+            return Reading(
+                logits=gated.output.logits[0, -1],
+                base_logits=None,
+                router_logits=_checked_rows(gated.router_logits),
+            )
         if self._routed:
-            with_lm_logits = (
-                self._with_base_logits and self._model.config_xlora.scaling_pass_value == 0
-            )
-            scaling = self._model.scaling_pass(
-                input_ids=ids,
-                past_key_values=self._cache.scaling,
-                knobs=knobs,
-                with_lm_logits=with_lm_logits,
-            )
-            if scaling.lm_logits is not None:
-                base_logits = scaling.lm_logits[0, -1]
-            scalings = self._model.route(scaling.router_logits, knobs)
-            router_logits = _checked_rows(scaling.router_logits)
-        output = self._model.main_pass(
-            scalings=scalings, input_ids=ids, past_key_values=self._cache.main, logits_to_keep=1
-        )
+            return self._read_two_passes(inputs, knobs)
+        output = self._model.main_pass(scalings=self._scalings, **inputs)
         logits = output.logits[0, -1]
-        if self._is_base and self._with_base_logits:
-            base_logits = logits
-        return Reading(logits=logits, base_logits=base_logits, router_logits=router_logits)
+        base_logits = logits if self._is_base and self._with_base_logits else None
+        return Reading(logits=logits, base_logits=base_logits, router_logits=None)
+
+    def _read_two_passes(self, inputs: Mapping[str, Any], knobs: RoutingKnobs) -> Reading:
+        is_base = self._model.config_xlora.scaling_pass_value == 0
+        scaling = self._model.scaling_pass(
+            input_ids=inputs["input_ids"],
+            past_key_values=self._router_cache,
+            knobs=knobs,
+            with_lm_logits=self._with_base_logits and is_base,
+        )
+        router_logits = _checked_rows(scaling.router_logits)
+        scalings = self._model.route(scaling.router_logits, knobs)
+        output = self._model.main_pass(scalings=scalings, **inputs)
+        return Reading(
+            logits=output.logits[0, -1],
+            base_logits=None if scaling.lm_logits is None else scaling.lm_logits[0, -1],
+            router_logits=router_logits,
+        )
+
+    @property
+    def _router_cache(self) -> Cache:
+        """The cache of the pass that makes the router logits."""
+        return self._cache.scaling if isinstance(self._cache, DualCache) else self._cache.main
 
     def read_router(self, token_id: int, knobs: RoutingKnobs) -> Tensor | None:
         """Returns the router logits ``[1, L or 1, K]`` of a token after which nothing follows.
@@ -96,10 +116,13 @@ class ArmDecoder:
         """
         if not self._routed:
             return None
-        scaling = self._model.scaling_pass(
-            input_ids=self._input_ids([token_id]), past_key_values=self._cache.scaling, knobs=knobs
+        router_logits = self._model.read_router(
+            input_ids=self._input_ids([token_id]),
+            past_key_values=self._router_cache,
+            logits_to_keep=1,
+            knobs=knobs,
         )
-        return _checked_rows(scaling.router_logits)
+        return _checked_rows(router_logits)
 
     def release(self) -> None:
         """Frees the KV caches; the arm reads nothing any more."""
@@ -124,6 +147,6 @@ def _checked_rows(router_logits: Tensor) -> Tensor:
     if not torch.isfinite(rows).all():
         raise EngineError(
             "the router's logits are not finite (NaN or infinity)",
-            hint="the classifier is damaged or its training diverged; take an earlier checkpoint",
+            hint="the router is damaged or its training diverged; take an earlier checkpoint",
         )
     return rows

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
-from xlora_core.config import SamplingParams
+from xlora_core.config import ROUTERS, SamplingParams
 from xlora_core.errors import RecordError
 
 FORMAT_VERSION = 2
@@ -41,6 +41,8 @@ class RunHeader:
         enable_softmax_topk: Softmax over what top-k kept.
         layerwise: One row of router logits per module, or one for all modules.
         scaling_pass_value: Scaling of every adapter in the scaling pass.
+        router: As in the model's config, ``"classifier"`` or ``"per_layer"``. A per-layer router
+            is always ``layerwise``, and what a gate says depends on the mixture below it.
         model_id: A name of the model for people.
         base_hash: Fingerprint of the base model's weights.
         adapter_hashes: Adapter name -> fingerprint of its weights.
@@ -63,6 +65,7 @@ class RunHeader:
     enable_softmax_topk: bool
     layerwise: bool
     scaling_pass_value: float = 0.0
+    router: str = "classifier"
     model_id: str = ""
     base_hash: str = ""
     adapter_hashes: Mapping[str, str] = field(default_factory=dict)
@@ -127,6 +130,8 @@ def _type_faults(header: RunHeader) -> list[str]:
     # A comparison, since math.isfinite fails on whole numbers that no float can hold.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= _LARGEST:
         faults.append(f"scaling_pass_value must be a finite number, got {value!r}")
+    if header.router not in ROUTERS:
+        faults.append(f"router must be one of {', '.join(ROUTERS)}, got {repr(header.router)[:80]}")
     sampling: object = header.sampling
     if not isinstance(sampling, SamplingParams):
         faults.append("sampling must be SamplingParams")
@@ -156,6 +161,8 @@ def _value_faults(header: RunHeader) -> list[str]:
         faults.append(
             f"present must have {n_layers} rows (modules) of {n_adapters} values (adapters)"
         )
+    if header.router == "per_layer" and not header.layerwise:
+        faults.append("a per-layer router is layerwise, got layerwise false")
     if header.enable_softmax and header.enable_softmax_topk:
         faults.append("enable_softmax and enable_softmax_topk exclude each other")
     return faults

@@ -1,7 +1,8 @@
 """The JSON header of a run file: written in full, read with suspicion.
 
-Version 2 knows overrides: ``overrides`` in an arm's knobs and ``override_sets`` in a track. A run
-without any is written as version 1, which every program reads.
+Version 2 knows overrides (``overrides`` in an arm's knobs and ``override_sets`` in a track) and
+other routers than the classifier (``router``, left out for the classifier). A run that needs
+neither is written as version 1, which every program reads.
 """
 
 from __future__ import annotations
@@ -23,9 +24,10 @@ MOST_TRACKS = 256
 # Of holding the overrides' patterns against the modules' paths: some seconds of work.
 MOST_MATCHING = 2**31
 OVERRIDES_SINCE = 2
+ROUTERS_SINCE = 2
 
-# The prompt is a tensor of its own.
-_HEADER_KEYS = tuple(f.name for f in fields(RunHeader) if f.name != "prompt_text")
+# The prompt is a tensor of its own; the router is only named if it is not the classifier.
+_HEADER_KEYS = tuple(f.name for f in fields(RunHeader) if f.name not in ("prompt_text", "router"))
 _TRACK_KEYS = ("arm", "n_prompt", "finish_reason")
 _KNOB_KEYS = tuple(f.name for f in fields(RoutingKnobs))
 _KNOB_KEYS_BEFORE = tuple(key for key in _KNOB_KEYS if key != "overrides")
@@ -50,8 +52,10 @@ def to_json(header: RunHeader, tracks: Sequence[Track]) -> str:
     Raises:
         RunFileError: If a text would not come back as it was.
     """
-    version = needed_version(tracks)
+    version = needed_version(header, tracks)
     values: dict[str, Any] = {key: getattr(header, key) for key in _HEADER_KEYS}
+    if header.router != "classifier":
+        values["router"] = header.router
     values["format_version"] = version
     values["sampling"] = asdict(header.sampling)
     values["tracks"] = [_of_track(track, version) for track in tracks]
@@ -65,13 +69,14 @@ def to_json(header: RunHeader, tracks: Sequence[Track]) -> str:
     return text
 
 
-def needed_version(tracks: Sequence[Track]) -> int:
-    """Returns the oldest format version that can hold the tracks."""
+def needed_version(header: RunHeader, tracks: Sequence[Track]) -> int:
+    """Returns the oldest format version that can hold a run."""
     overridden = any(
         track.override_sets or (track.arm.knobs is not None and track.arm.knobs.overrides)
         for track in tracks
     )
-    return OVERRIDES_SINCE if overridden else 1
+    other_router = header.router != "classifier"
+    return max(OVERRIDES_SINCE if overridden else 1, ROUTERS_SINCE if other_router else 1)
 
 
 def _of_track(track: Track, version: int) -> dict[str, Any]:
@@ -111,7 +116,8 @@ def from_json(text: str, *, prompt_text: str) -> tuple[RunHeader, list[TrackFact
     """
     version = check_version(text)
     values = _parse(text)
-    check_keys("header", values, (*_HEADER_KEYS, "tracks"))
+    names_router = version >= ROUTERS_SINCE and "router" in values
+    check_keys("header", values, (*_HEADER_KEYS, "tracks", *(["router"] if names_router else [])))
     values["format_version"] = FORMAT_VERSION
     tracks = values.pop("tracks")
     if not isinstance(tracks, list) or not 1 <= len(tracks) <= MOST_TRACKS:

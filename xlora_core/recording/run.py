@@ -122,6 +122,11 @@ class Run:
     ) -> NDArray[np.float32]:
         """Returns an arm's scalings, recomputed from its router logits without the model.
 
+        Other ``knobs`` than those of the run are exact for the classifier, which never sees the
+        main pass. A per-layer router's gates do: under other knobs the mixture below a gate, and
+        so its input, would have been another one. What comes back for such a run
+        (``header.router``) is exact for its first module and approximate beyond.
+
         Args:
             arm: Index of the arm.
             knobs: For all tokens, instead of those in force at each token. Without effect on an

@@ -95,7 +95,7 @@ def encode(header: RunHeader, tracks: Sequence[Track]) -> bytes:
             "the run cannot be saved: " + "; ".join(faults), hint="record the run again"
         )
     arrays: Arrays = {"prompt_text": _to_array(texts.to_bytes(header.prompt_text))}
-    stored = _stored(header_json.needed_version(tracks))
+    stored = _stored(header_json.needed_version(header, tracks))
     for n, track in enumerate(tracks):
         pieces = [texts.to_bytes(piece) for piece in track.pieces]
         ends = np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
