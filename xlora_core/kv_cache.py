@@ -29,6 +29,7 @@ class RoutedCache(Cache):
         self.main = passes[0]
         self._passes = passes
         self.logged: LogEntry | None = None
+        self._edition: int | None = None
         super().__init__(layers=self.main.layers)
 
     def __repr__(self) -> str:
@@ -64,6 +65,24 @@ class RoutedCache(Cache):
             raise ModelError(
                 f"the two caches of this DualCache hold {lengths[0]} and {lengths[1]} tokens, "
                 "expected as many in both; an earlier call with it failed half way",
+                hint="start again with model.new_cache()",
+            )
+
+    def check_edition(self, edition: int) -> None:
+        """Raises unless the tokens were read under the adapters that are to go on with them.
+
+        Args:
+            edition: How often the model's adapters were edited so far.
+
+        Raises:
+            ModelError: If they were edited since.
+        """
+        if not self.get_seq_length():
+            self._edition = edition
+        elif self._edition not in (None, edition):
+            raise ModelError(
+                "the model's adapters were edited since this cache was filled; its keys and "
+                "values come from another mixture",
                 hint="start again with model.new_cache()",
             )
 

@@ -22,19 +22,19 @@ from xlora_core.checkpoint import (
 )
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs, XLoraConfig
+from xlora_core.editing import EditGuard, XLoraEditing
 from xlora_core.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from xlora_core.gates import LayerGates
 from xlora_core.generation import XLoraGeneration
 from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
 from xlora_core.kv_cache import DualCache, RoutedCache
 from xlora_core.layers import ActiveScalings, XLoraLayer, compute_device
-from xlora_core.passes import XLoraPasses
 from xlora_core.replacing import replace_adapted_modules
 from xlora_core.saved_modules import as_saved_module
 from xlora_core.scalings_log import LogEntry, ScalingsLog
 
 
-class XLoraModel(XLoraGeneration, XLoraPasses):
+class XLoraModel(XLoraGeneration, XLoraEditing):
     """A frozen language model, K LoRA experts on it, and the classifier that mixes them.
 
     ``forward`` runs two passes: the scaling pass (adapters at ``scaling_pass_value``) gives the
@@ -106,6 +106,8 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
             )
         self.scalings_log = ScalingsLog()
         self._merged = False
+        self.edit_guard = EditGuard()
+        self._edition = 0
         self.train(base_model.training)
 
     # ---------------------------------------------------------------- making and keeping one
@@ -289,6 +291,7 @@ class XLoraModel(XLoraGeneration, XLoraPasses):
         disabled = self.active_scalings.disabled
         if past_key_values is not None and not disabled:
             past_key_values.check_in_step()
+            past_key_values.check_edition(self._edition)
         knobs = self.check_knobs(knobs or self.default_knobs)
         if use_cache is None:
             use_cache = not self.training and self._caches_by_default()

@@ -36,7 +36,8 @@ class Engine:
     that fails does so alone. Use it as a context manager, or call ``close``.
 
     Args:
-        model: The model; put in evaluation mode. Nobody else should change it meanwhile.
+        model: The model; put in evaluation mode. Nobody else should change it meanwhile; its
+            adapters cannot be edited until the engine is closed.
         tokenizer: The Hugging Face tokenizer of its base model.
         max_queue: Most requests that wait, beside the one that runs; >= 1.
         model_id: Name of the model for run files; the base model's path if empty.
@@ -68,6 +69,7 @@ class Engine:
         self._closed = False
         # Tokenizers are read-only in use, but their settings are checked per call.
         self._tokenizer_lock = threading.Lock()
+        model.edit_guard.hold()
         self._thread = threading.Thread(target=self._work, name="xlora-engine", daemon=True)
         self._thread.start()
         # A process that ends while PyTorch computes in a daemon thread aborts.
@@ -299,6 +301,7 @@ class Engine:
                 for left in [*([request] if request else []), *self._queue]:
                     left.fail(_closed_error("before this request was served"))
                 self._queue.clear()
+            self._model.edit_guard.release()
 
     def _check_not_closing(self) -> None:
         if self.closed:
