@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from xlora_core.errors import ModelError
 from xlora_core.scalings_log import LogEntry
@@ -25,12 +25,14 @@ class RoutedCache(Cache):
         logged: The last entry of the scalings log that belongs to these tokens.
     """
 
-    def __init__(self, *passes: DynamicCache) -> None:
+    def __init__(self, *passes: DynamicCache | EncoderDecoderCache) -> None:
         self.main = passes[0]
         self._passes = passes
         self.logged: LogEntry | None = None
         self._edition: int | None = None
-        super().__init__(layers=self.main.layers)
+        own = self.main
+        own = own.self_attention_cache if isinstance(own, EncoderDecoderCache) else own
+        super().__init__(layers=own.layers)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(tokens={self.get_seq_length()})"
@@ -89,13 +91,13 @@ class RoutedCache(Cache):
     def reset(self) -> None:
         """Forgets all tokens."""
         for cache in self._passes:
-            cache.reset()
+            cache.reset()  # type: ignore[no-untyped-call]  # untyped in transformers
         self.logged = None
 
     def activate_past_recording(self) -> None:
         """Makes layers with a window keep what a later ``crop`` would need."""
         for cache in self._passes:
-            cache.activate_past_recording()
+            cache.activate_past_recording()  # type: ignore[no-untyped-call]  # untyped there
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Moves the rows to the beams ``beam_idx`` ``[B]``."""
@@ -136,12 +138,20 @@ class DualCache(RoutedCache):
     """
 
     def __init__(self, config: PretrainedConfig) -> None:
-        self.scaling = DynamicCache(config=config)
-        super().__init__(DynamicCache(config=config), self.scaling)
+        self.scaling = _of_pass(config)
+        super().__init__(_of_pass(config), self.scaling)
 
 
 class GatedCache(RoutedCache):
     """The cache of a model that its layers' gates route, in the main pass alone."""
 
     def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__(DynamicCache(config=config))
+        super().__init__(_of_pass(config))
+
+
+def _of_pass(config: PretrainedConfig) -> DynamicCache | EncoderDecoderCache:
+    """Returns an empty cache as a base model of this config takes it."""
+    if not config.is_encoder_decoder:
+        return DynamicCache(config=config)
+    decoder = config.get_text_config(decoder=True)
+    return EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))

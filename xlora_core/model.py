@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from xlora_core import merge, routing
+from xlora_core import merge
 from xlora_core.adapters import LoraAdapter, read_adapter
 from xlora_core.checkpoint import (
     Checkpoint,
@@ -23,6 +23,7 @@ from xlora_core.checkpoint import (
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import RoutingKnobs, XLoraConfig
 from xlora_core.editing import EditGuard, XLoraEditing
+from xlora_core.encoder_decoder import XLoraEncoderDecoder, check_base
 from xlora_core.errors import AdapterError, CheckpointError, ConfigError, ModelError
 from xlora_core.gates import LayerGates
 from xlora_core.generation import XLoraGeneration
@@ -34,7 +35,7 @@ from xlora_core.saved_modules import as_saved_module
 from xlora_core.scalings_log import LogEntry, ScalingsLog
 
 
-class XLoraModel(XLoraGeneration, XLoraEditing):
+class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
     """A frozen language model, K LoRA experts on it, and the classifier that mixes them.
 
     ``forward`` runs two passes: the scaling pass (adapters at ``scaling_pass_value``) gives the
@@ -67,17 +68,13 @@ class XLoraModel(XLoraGeneration, XLoraEditing):
                 f"the base model is a {type(base_model).__name__}, expected one of transformers'",
                 hint="load it with AutoModelForCausalLM, or another class of that family",
             )
-        if base_model.config.is_encoder_decoder:
-            raise ModelError(
-                f"{type(base_model).__name__} is an encoder-decoder, a decoder was expected",
-                hint="load the model with AutoModelForCausalLM",
-            )
         self.adapter_names = [adapter.name for adapter in adapters]
         if len(set(self.adapter_names)) < len(adapters):
             raise AdapterError(
                 f"adapter names must differ, got {', '.join(map(repr, self.adapter_names))}"
             )
         self._config_xlora = _with_hidden_size(config, base_model)
+        check_base(base_model, self._config_xlora)
         # Before anything is replaced: a model that cannot be made leaves its base as it was.
         self.default_knobs.check_names(
             self.adapter_names, sorted({path for adapter in adapters for path in adapter.modules})
@@ -106,6 +103,7 @@ class XLoraModel(XLoraGeneration, XLoraEditing):
             )
         self.scalings_log = ScalingsLog()
         self._merged = False
+        self._set_up_encoder_decoder()
         self.edit_guard = EditGuard()
         self._edition = 0
         self.train(base_model.training)
@@ -310,6 +308,7 @@ class XLoraModel(XLoraGeneration, XLoraEditing):
             "position_ids": position_ids,
             "use_cache": use_cache,
         }
+        inputs = self._with_source(inputs, labels, knobs)
         main = inputs | {
             "past_key_values": past_key_values.main if past_key_values is not None else None,
             "labels": labels,
@@ -339,11 +338,7 @@ class XLoraModel(XLoraGeneration, XLoraEditing):
     # ---------------------------------------------------------------- the log
 
     def _log(self, router_logits: Tensor, knobs: RoutingKnobs, cache: RoutedCache | None) -> None:
-        rows = routing.scalings_from_logits(
-            router_logits.detach(),
-            enable_softmax=self._config_xlora.enable_softmax,
-            temperature=knobs.temperature,
-        ).expand(-1, -1, len(self._layers), -1)
+        rows = self._logged_rows(router_logits, knobs)
         entry = LogEntry(rows, cache.logged if cache is not None else None)
         if cache is not None:
             cache.logged = entry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
 from xlora_core.layers import ActiveScalings, ModuleScalings, TokenScalings, XLoraLayer
 
 # Arguments of a causal language model's forward that its backbone has no use for.
-_HEAD_ARGUMENTS = frozenset(
+HEAD_ARGUMENTS = frozenset(
     {
         "labels",
         "logits_to_keep",
@@ -42,10 +43,13 @@ class ScalingPassOutput:
             float32 (float64 under a float64 model).
         lm_logits: ``[B, 1, V]``, the base model's logits after the last token; None if they
             were not asked for.
+        encoder_router_logits: ``[B, S, L or 1, K]``, the source's, with an encoder-decoder;
+            ``router_logits`` are the target's then.
     """
 
     router_logits: Tensor
     lm_logits: Tensor | None = None
+    encoder_router_logits: Tensor | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +136,15 @@ class XLoraPasses(XLoraControls, nn.Module):
         self, knobs: RoutingKnobs | None, inputs: dict[str, Any], with_lm_logits: bool
     ) -> tuple[Tensor, Tensor | None]:
         self._check_not_merged()
-        inputs = {k: v for k, v in inputs.items() if v is not None and k not in _HEAD_ARGUMENTS}
+        inputs = {k: v for k, v in inputs.items() if v is not None and k not in HEAD_ARGUMENTS}
         inputs["return_dict"] = True
         backbone = self.base_model.base_model
         with self.active_scalings.hold(self._constant_scalings(knobs)):
             if not with_lm_logits and backbone is not self.base_model:
-                hidden = backbone(**_accepted(backbone, inputs)).last_hidden_state
+                hidden = backbone(**accepted(backbone, inputs)).last_hidden_state
                 return hidden, None
             output = self.base_model(
-                **_accepted(self.base_model, inputs | {"logits_to_keep": 1}),
+                **accepted(self.base_model, inputs | {"logits_to_keep": 1}),
                 output_hidden_states=True,
             )
             return output.hidden_states[-1], output.logits[:, -1:] if with_lm_logits else None
@@ -190,7 +194,7 @@ class XLoraPasses(XLoraControls, nn.Module):
         """
         held = None
         if scalings is not None:
-            held = TokenScalings(self._of_tokens(scalings, inputs), _text_mask(inputs))
+            held = TokenScalings(self._of_tokens(scalings, _tokens(inputs)), _text_mask(inputs))
         return self._run_base(held, inputs)
 
     def gated_pass(self, *, knobs: RoutingKnobs | None = None, **inputs: Any) -> GatedPassOutput:
@@ -223,21 +227,24 @@ class XLoraPasses(XLoraControls, nn.Module):
     def _run_base(self, held: ModuleScalings | None, inputs: Mapping[str, Any]) -> Any:
         self._check_not_merged()
         inputs = {k: v for k, v in inputs.items() if v is not None} | {"return_dict": True}
-        if self.training and self.base_model.is_activation_checkpointing:
-            carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
         # An adapted head must see the tokens that the scalings are for; it is cut afterwards.
         kept = inputs.pop("logits_to_keep", 0) if self._head_is_adapted else 0
-        with self.active_scalings.hold(held):
-            output = self.base_model(**_accepted(self.base_model, inputs))
+        with self._held(held):
+            output = self.base_model(**accepted(self.base_model, inputs))
         if self._head_is_adapted:
             kept = kept if isinstance(kept, Tensor) else slice(-kept, None)
             output.logits = output.logits[:, kept]
         return output
 
-    def _of_tokens(self, scalings: Tensor, inputs: Mapping[str, Any]) -> Tensor:
+    def _held(self, scalings: ModuleScalings | None) -> AbstractContextManager[None]:
+        """Sets the scalings of the main pass, also for what checkpointing computes again."""
+        if self.training and self.base_model.is_activation_checkpointing:
+            carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
+        return self.active_scalings.hold(scalings)
+
+    def _of_tokens(self, scalings: Tensor, tokens: Tensor | None) -> Tensor:
         """Returns scalings as ``[B, T, L or 1, K]``, or ``[1, 1, L or 1, K]`` for all tokens."""
         found = tuple(scalings.shape)
-        tokens = _tokens(inputs)
         # Images and sounds tell their number of tokens only inside the model.
         of_tokens: tuple[int, ...] = found[:2] if len(found) == 4 else (1, 1)
         if tokens is not None:
@@ -253,6 +260,14 @@ class XLoraPasses(XLoraControls, nn.Module):
             raise ModelError(f"scalings have shape {list(found)}, expected {list(expected)}")
         of_all_tokens = scalings.shape[:2].numel() == 1
         return scalings if of_all_tokens else scalings.expand(*expected[:2], -1, -1)
+
+    def _logged_rows(self, router_logits: Tensor, knobs: RoutingKnobs) -> Tensor:
+        """Returns what the log keeps of router logits: scalings ``[B, T, L, K]``, as in PEFT."""
+        return routing.scalings_from_logits(
+            router_logits.detach(),
+            enable_softmax=self._config_xlora.enable_softmax,
+            temperature=knobs.temperature,
+        ).expand(-1, -1, len(self._layers), -1)
 
     def _check_router(self, *, per_layer: bool) -> None:
         if self.is_routed_per_layer != per_layer:
@@ -286,7 +301,7 @@ def _text_mask(inputs: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+def accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
     """Returns the inputs that a module's forward takes; ``generate`` offers more than some do."""
     parameters = _parameters(type(module).forward)
     optional = (

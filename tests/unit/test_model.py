@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BartConfig, BartForConditionalGeneration, OPTConfig
+from transformers import AutoModelForCausalLM, OPTConfig
 
 from tests.gradients import backward, trainable
 from tests.tiny_models import (
@@ -22,7 +22,7 @@ from tests.tiny_models import (
 )
 from xlora_core.adapters import read_adapter
 from xlora_core.config import RoutingKnobs, XLoraConfig
-from xlora_core.errors import AdapterError, ConfigError, ModelError
+from xlora_core.errors import AdapterError, ConfigError
 from xlora_core.layers import XLoraLinear
 from xlora_core.model import XLoraModel
 
@@ -116,24 +116,6 @@ def test_a_head_narrower_than_the_hidden_size(tmp_path: Path) -> None:
     model = XLoraModel.from_base(base, XLoraConfig(adapters={"a": str(folder)}))
     assert model.config_xlora.hidden_size == 16
     assert model(input_ids=tiny_prompt()).logits.shape == (2, 9, 97)
-
-
-def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
-    bart = BartForConditionalGeneration(
-        BartConfig(
-            vocab_size=97,
-            d_model=32,
-            encoder_layers=1,
-            decoder_layers=1,
-            encoder_attention_heads=2,
-            decoder_attention_heads=2,
-            encoder_ffn_dim=32,
-            decoder_ffn_dim=32,
-        )
-    )
-    adapters = write_experts(tmp_path, n_adapters=1)
-    with pytest.raises(ModelError, match="is an encoder-decoder, a decoder was expected"):
-        XLoraModel.from_base(bart, XLoraConfig(adapters=adapters))
 
 
 def test_adapters_with_different_ranks_and_targets_mix(tmp_path: Path) -> None:
