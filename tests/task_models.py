@@ -57,7 +57,8 @@ def _bert(labels: int | None = None) -> BertConfig:
     return BertConfig(**_TEXT, **({} if labels is None else {"num_labels": labels}))
 
 
-def _llama(**fields: object) -> LlamaConfig:
+def llama_config(**fields: object) -> LlamaConfig:
+    """Returns a tiny decoder's config."""
     return LlamaConfig(**_TEXT, bos_token_id=1, eos_token_id=2, **fields)
 
 
@@ -92,7 +93,7 @@ TASKS: dict[str, Task] = {
         {"task_type": "SEQ_CLS"},
     ),
     "decoder with a classification head": Task(
-        lambda: AutoModelForSequenceClassification.from_config(_llama(num_labels=N_LABELS)),
+        lambda: AutoModelForSequenceClassification.from_config(llama_config(num_labels=N_LABELS)),
         ["q_proj", "v_proj"],
         text,
         torch.tensor([0, 2, 1]),
@@ -106,7 +107,7 @@ TASKS: dict[str, Task] = {
         images,
         torch.tensor([0, 2, 1]),
     ),
-    "adapted embedding": Task(_causal(_llama()), ["embed_tokens", "q_proj"], text),
+    "adapted embedding": Task(_causal(llama_config()), ["embed_tokens", "q_proj"], text),
     "adapted embedding that scales its output": Task(
         lambda: Gemma3ForCausalLM(
             Gemma3TextConfig(**_TEXT, num_key_value_heads=2, head_dim=8, layer_types=None)
@@ -115,7 +116,7 @@ TASKS: dict[str, Task] = {
         text,
     ),
     "tied embedding and head, both adapted": Task(
-        _causal(_llama(tie_word_embeddings=True)), ["embed_tokens", "lm_head", "q_proj"], text
+        _causal(llama_config(tie_word_embeddings=True)), ["embed_tokens", "lm_head", "q_proj"], text
     ),
     "adapted positions": Task(
         lambda: BertForMaskedLM(_bert()), ["position_embeddings", "query"], text
@@ -124,7 +125,7 @@ TASKS: dict[str, Task] = {
         lambda: BertForMaskedLM(_bert()), ["query", "dense"], text, lora={"lora_bias": True}
     ),
     "wholly trained embedding": Task(
-        _causal(_llama()), ["q_proj"], text, lora={"modules_to_save": ["embed_tokens"]}
+        _causal(llama_config()), ["q_proj"], text, lora={"modules_to_save": ["embed_tokens"]}
     ),
 }
 

@@ -7,10 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from peft import XLoraConfig as PeftXLoraConfig
+from peft import get_peft_model
 from torch import Tensor
+from transformers import AutoModelForSequenceClassification
 
-from tests.task_models import TASKS, peft_experts, peft_lora, task_base
+from tests.parity.peft_reference import peft_scalings
+from tests.task_models import (
+    HIDDEN_SIZE,
+    TASKS,
+    llama_config,
+    peft_experts,
+    peft_lora,
+    task_base,
+    text,
+)
 from xlora_core.config import XLoraConfig
+from xlora_core.errors import AdapterError
 from xlora_core.model import XLoraModel
 
 K = 3
@@ -132,12 +145,43 @@ def test_the_mixture_of_heads_does_not_depend_on_the_bases_random_head(
 
 
 def test_a_saved_head_of_another_number_of_labels_is_refused(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
-
-    from tests.task_models import _llama
-    from xlora_core.errors import AdapterError
-
     experts = peft_experts(tmp_path, "decoder with a classification head", 1)
-    base = AutoModelForSequenceClassification.from_config(_llama(num_labels=5))
+    base = AutoModelForSequenceClassification.from_config(llama_config(num_labels=5))
     with pytest.raises(AdapterError, match=r"adapter 'e0', module score: .*\[3, 32\].*\[5, 32\]"):
         XLoraModel.from_base(base, XLoraConfig(adapters=experts))
+
+
+# ---------------------------------------------------------------- PEFT's X-LoRA, where it can
+
+
+@pytest.mark.parametrize("name", ["adapted embedding", "adapted embedding that scales its output"])
+@pytest.mark.parametrize("routing", [{}, {"top_k_lora": 2}, {"scaling_pass_value": 0.3125}])
+def test_adapted_embeddings_are_routed_as_in_pefts_xlora(
+    tmp_path: Path, name: str, routing: dict[str, Any]
+) -> None:
+    experts = peft_experts(tmp_path, name, K)
+    experts = {str(k): folder for k, folder in enumerate(experts.values())}  # PEFT's names
+    base = task_base(name)
+    base.config.use_cache = False
+    theirs = get_peft_model(
+        base,
+        PeftXLoraConfig(
+            task_type="CAUSAL_LM",
+            hidden_size=HIDDEN_SIZE,
+            adapters=dict(experts),
+            layerwise_scalings=True,
+            **routing,
+        ),
+    ).eval()
+    config = XLoraConfig(adapters=experts, layerwise_scalings=True, **routing)
+    ours = XLoraModel.from_base(task_base(name), config).eval()
+    ours.classifier.load_state_dict(theirs.base_model.internal_xlora_classifier.state_dict())
+    ids = text()["input_ids"][:1]
+    expected = theirs(input_ids=ids).logits
+    found = ours(input_ids=ids).logits
+    scalings = ours.get_latest_scalings()
+    assert scalings is not None
+    assert difference(scalings, peft_scalings(theirs)) < 1e-6
+    # PEFT keeps the adapters in float32 and looks embeddings up in it.
+    assert difference(found, expected) < 1e-4
+    assert difference(expected, result(task_base(name)(input_ids=ids))) > 1e-2
