@@ -18,9 +18,9 @@ from xlora_core.adapters import (
     adapter_tensors,
     read_adapter,
 )
-from xlora_core.checkpoint.files import write_json
+from xlora_core.checkpoint.files import is_there, write_json
 from xlora_core.config import XLoraConfig
-from xlora_core.errors import CheckpointError
+from xlora_core.errors import AdapterError, CheckpointError
 
 _HARMLESS_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -60,7 +60,7 @@ def expert_hash(folder: Path) -> str:
 
 def check_hash(folder: Path, name: str, path: Path, expected: object, *, header: str) -> None:
     """Raises ``CheckpointError`` if an expert is not the one the header was written for."""
-    if not (path / WEIGHTS_FILE).is_file() or not (path / CONFIG_FILE).is_file():
+    if not is_there(path / WEIGHTS_FILE) or not is_there(path / CONFIG_FILE):
         return  # reading the adapter says which file is missing
     try:
         found = expert_hash(path)
@@ -117,7 +117,7 @@ def with_experts_from(
         name: Path(overrides[name]) if name in overrides else folder / path
         for name, path in stored.items()
     }
-    missing = {n: path for n, path in found.items() if n not in overrides and not path.is_dir()}
+    missing = {n: path for n, path in found.items() if n not in overrides and not is_there(path)}
     if missing:
         listed = "\n".join(f"  {name}: {path}" for name, path in missing.items())
         raise CheckpointError(
@@ -130,13 +130,27 @@ def with_experts_from(
     return replace(config, adapters={name: str(path) for name, path in found.items()})
 
 
-def read_experts(config: XLoraConfig) -> list[LoraAdapter]:
+def read_experts(
+    config: XLoraConfig, known: Mapping[str, LoraAdapter] | None = None
+) -> list[LoraAdapter]:
     """Returns the adapters of a config, in order.
+
+    Args:
+        config: Says where they are.
+        known: Adapters that need not be read.
 
     Raises:
         AdapterError: If one cannot be read.
     """
-    return [read_adapter(name, path) for name, path in config.adapters.items()]
+    known = known or {}
+    return [known.get(name) or _read_expert(name, path) for name, path in config.adapters.items()]
+
+
+def _read_expert(name: str, path: str) -> LoraAdapter:
+    try:
+        return read_adapter(name, path)
+    except OSError as error:
+        raise AdapterError(f"adapter {name!r}: {path} cannot be read: {error}") from error
 
 
 def referenced_folder(target: Path, adapter: LoraAdapter, config: XLoraConfig) -> Path:

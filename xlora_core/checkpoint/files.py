@@ -48,6 +48,14 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return value
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path leads to a file or folder; False for one that no system could have."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long, or with a NUL in it
+        return False
+
+
 def write_json(path: Path, value: object) -> None:
     """Writes JSON for people and programs; keys keep their order."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

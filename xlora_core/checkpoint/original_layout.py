@@ -32,6 +32,7 @@ from xlora_core.checkpoint.experts import (
     write_adapter,
 )
 from xlora_core.checkpoint.files import (
+    is_there,
     read_json_object,
     read_router_tensors,
     require_file,
@@ -226,7 +227,7 @@ def _adapter_folders(
 
 def _expert_folder(folder: Path, name: str, stored: str) -> Path:
     for place in (folder / name, folder / "adapters" / name):  # the second: early versions
-        if (place / CONFIG_FILE).is_file():
+        if is_there(place / CONFIG_FILE):
             return place
     return folder / (stored or name)
 

@@ -19,10 +19,15 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from xlora_core.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter, read_adapter
+from xlora_core.adapters import CONFIG_FILE, WEIGHTS_FILE, LoraAdapter
 from xlora_core.checkpoint.config_values import foreign_config_of, foreign_values
 from xlora_core.checkpoint.contents import Checkpoint, Layout, base_model_name
-from xlora_core.checkpoint.experts import renames_all, with_experts_from, write_adapter
+from xlora_core.checkpoint.experts import (
+    read_experts,
+    renames_all,
+    with_experts_from,
+    write_adapter,
+)
 from xlora_core.checkpoint.files import (
     read_json_object,
     read_router_tensors,
@@ -114,10 +119,7 @@ def read_peft(
     return Checkpoint(
         config=config,
         classifier=tensors,
-        adapters=[
-            trained.get(name) or read_adapter(name, where)
-            for name, where in config.adapters.items()
-        ],
+        adapters=read_experts(config, trained),
         layer_names=layer_names,
         base=base,
         layout=Layout.PEFT,

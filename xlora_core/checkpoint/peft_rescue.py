@@ -153,7 +153,7 @@ def _gap(trained: LoraAdapter, untrained_folder: Path, *, alone: bool) -> str:
     """Returns what keeps a trained expert from being known as whole; "" if it is whole."""
     try:
         modules = read_adapter(trained.name, untrained_folder).modules
-    except AdapterError:
+    except (AdapterError, OSError):
         if alone:
             return ""
         return (
