@@ -74,6 +74,35 @@ class XLoraEncoderDecoder(XLoraPasses):
             self._sides = sides = find_sides(self.base_model, self._layers, self.active_scalings)
         return sides
 
+    # ---------------------------------------------------------------- the log
+
+    def get_latest_encoder_scalings(self) -> Tensor | None:
+        """Returns ``[B, S, L, K]`` of the last source that was encoded, or None.
+
+        As ``get_latest_scalings`` has them, which are the target's. A generation encodes its
+        source once, before the rows are repeated for beams.
+        """
+        return self.encoder_scalings_log.latest()
+
+    def get_encoder_scalings_log(self) -> list[Tensor]:
+        """Returns one tensor ``[B, S, L, K]`` per source encoded while logging was enabled."""
+        return self.encoder_scalings_log.tensors()
+
+    def enable_scalings_logging(self) -> None:
+        """Starts to keep the scalings of every forward call, and of every source."""
+        super().enable_scalings_logging()
+        self.encoder_scalings_log.enabled = True
+
+    def disable_scalings_logging(self) -> None:
+        """Stops logging; what was logged stays."""
+        super().disable_scalings_logging()
+        self.encoder_scalings_log.enabled = False
+
+    def clear_scalings_log(self) -> None:
+        """Forgets what was logged, and the latest scalings of both sides."""
+        super().clear_scalings_log()
+        self.encoder_scalings_log.clear()
+
     # ---------------------------------------------------------------- the source
 
     def get_encoder(self, modality: str | None = None) -> Any:
@@ -105,6 +134,7 @@ class XLoraEncoderDecoder(XLoraPasses):
                 hint="call the model itself",
             )
         if self.active_scalings.disabled:
+            self.encoder_scalings_log.add_nothing()
             return XLoraEncoderOutput(**self._encode(inputs, None))
         knobs = self.check_knobs(knobs or self.default_knobs)
         hidden = self._scaling_source(knobs, inputs)

@@ -19,7 +19,7 @@ from xlora_core.engine.handle import EventStream, RequestHandle
 from xlora_core.engine.prompts import Prompt, encode_prompt
 from xlora_core.engine.requests import Request
 from xlora_core.engine.serving import serve
-from xlora_core.errors import ConfigError, EngineError, QueueFullError
+from xlora_core.errors import ConfigError, EngineError, ModelError, QueueFullError
 from xlora_core.recording import RunHeader
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ class Engine:
 
     Raises:
         ConfigError: If ``max_queue`` is out of range.
+        ModelError: If the base model is an encoder-decoder, or writes no text.
 
     Example:
         >>> engine = Engine(model, tokenizer)                                # doctest: +SKIP
@@ -55,6 +56,7 @@ class Engine:
     ) -> None:
         if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
             raise ConfigError(f"max_queue must be a whole number >= 1, got {max_queue!r}")
+        _check_serves(model)
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._max_queue = max_queue
@@ -306,6 +308,21 @@ class Engine:
     def _check_not_closing(self) -> None:
         if self.closed:
             raise _closed_error("while this request ran")
+
+
+def _check_serves(model: XLoraModel) -> None:
+    """Raises ModelError for a base model that the engine's decode step cannot run."""
+    name = type(model.base_model).__name__
+    if model.is_encoder_decoder:
+        raise ModelError(
+            f"{name} is an encoder-decoder, the engine serves decoder-only models",
+            hint="call model.generate",
+        )
+    if not model.can_generate():
+        raise ModelError(
+            f"{name} writes no text, the engine serves models that generate",
+            hint="call the model itself",
+        )
 
 
 def _closed_error(when: str) -> EngineError:
