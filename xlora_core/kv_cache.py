@@ -30,6 +30,7 @@ class RoutedCache(Cache):
         self._passes = passes
         self.logged: LogEntry | None = None
         self._edition: int | None = None
+        self._without_adapters = False
         own = self.main
         own = own.self_attention_cache if isinstance(own, EncoderDecoderCache) else own
         super().__init__(layers=own.layers)
@@ -70,21 +71,33 @@ class RoutedCache(Cache):
                 hint="start again with model.new_cache()",
             )
 
-    def check_edition(self, edition: int) -> None:
-        """Raises unless the tokens were read under the adapters that are to go on with them.
+    def check_goes_on(self, edition: int | None) -> None:
+        """Raises unless the next tokens can be read by the mixture that read those before.
 
         Args:
-            edition: How often the model's adapters were edited so far.
+            edition: How often the model's adapters were edited so far; None while they are
+                switched off.
 
         Raises:
-            ModelError: If they were edited since.
+            ModelError: If the adapters were edited since, or switched off for some of the
+                tokens, or if an earlier call failed half way.
         """
+        if edition is None:
+            self._without_adapters = True
+            return
+        if self.get_seq_length() and self._without_adapters:
+            raise ModelError(
+                "this cache was filled while the adapters were switched off; its keys and values "
+                "are the base model's",
+                hint="start again with model.new_cache()",
+            )
+        self.check_in_step()
         if not self.get_seq_length():
-            self._edition = edition
+            self._edition, self._without_adapters = edition, False
         elif self._edition not in (None, edition):
             raise ModelError(
                 "the model's adapters were edited since this cache was filled; its keys and "
-                "values come from another mixture",
+                "values are those of another mixture",
                 hint="start again with model.new_cache()",
             )
 

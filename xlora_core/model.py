@@ -280,16 +280,13 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
             The base model's output; ``past_key_values`` is one of ``new_cache``.
 
         Raises:
-            ModelError: For another kind of cache, one whose last call failed half way, caching
-                under gradient checkpointing in training, or after ``merge_and_unload``.
+            ModelError: For another kind of cache, one whose last call failed half way or that was
+                filled under other adapters or none, caching under gradient checkpointing in
+                training, or after ``merge_and_unload``.
             ConfigError: If the knobs do not fit the model, see ``check_knobs``.
         """
         if past_key_values is not None:
             self.check_cache(past_key_values)
-        disabled = self.active_scalings.disabled
-        if past_key_values is not None and not disabled:
-            past_key_values.check_in_step()
-            past_key_values.check_edition(self._edition)
         knobs = self.check_knobs(knobs or self.default_knobs)
         if use_cache is None:
             use_cache = not self.training and self._caches_by_default()
@@ -301,6 +298,9 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
             )
         if use_cache and past_key_values is None:
             past_key_values = self.new_cache()
+        disabled = self.active_scalings.disabled
+        if past_key_values is not None:
+            past_key_values.check_goes_on(None if disabled else self._edition)
         inputs = kwargs | {
             "input_ids": input_ids,
             "inputs_embeds": inputs_embeds,

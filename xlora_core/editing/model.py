@@ -293,7 +293,7 @@ class XLoraEditing(XLoraPasses):
         self.lora_layer_names = list(layers)
         self._head_is_adapted = isinstance(self.base_model.get_output_embeddings(), XLoraLayer)
         self._edition += 1
-        self.scalings_log.clear()
+        self.clear_scalings_log()
 
     def _has_bias(self, adapter: int, path: str) -> bool:
         """Whether an adapter's expert in a module has a bias, be it one of zeros."""
