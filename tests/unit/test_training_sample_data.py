@@ -11,6 +11,7 @@ import pytest
 from xlora_core.training import recipes
 from xlora_core.training.data import read_domain
 from xlora_core.training.evaluation import table
+from xlora_core.training.log import TrainingLog
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample_data"
 DOMAINS = [settings.domain for settings in recipes.DEMO_EXPERTS]
@@ -52,6 +53,16 @@ def test_routing_beats_merging_on_every_shipped_figure() -> None:
     for result in results.values():
         assert result["losses"]["routed"] < result["losses"]["uniform"] < result["losses"]["base"]
         assert result["right_top"] > 0.5
+
+
+def test_training_logs_are_read_and_go_down() -> None:
+    for path in (SAMPLE / "training").glob("*.json"):
+        log = TrainingLog(**json.loads(path.read_text(encoding="utf-8")))
+        steps = [step for step, _ in log.train_loss]
+        assert steps == list(range(1, log.settings["steps"] + 1))
+        assert log.heldout_loss[-1][1] < log.heldout_loss[0][1]
+        assert log.seconds > 0
+        assert log.command
 
 
 def test_sample_data_is_small_and_names_no_machine() -> None:

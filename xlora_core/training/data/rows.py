@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import random
@@ -97,17 +98,8 @@ def read_domain(data: str | Path, domain: str, split: str) -> list[Row]:
     Raises:
         ConfigError: If there are no such rows.
     """
-    data = Path(data)
-    if data.is_dir():
-        names = [f"{stem}.jsonl{end}" for stem in (f"{domain}.{split}", split) for end in _ENDS]
-        found = [data / name for name in names if (data / name).is_file()]
-        if not found:
-            raise ConfigError(
-                f"no {domain}.{split}.jsonl in {data}",
-                hint=f"the folder must hold one of {', '.join(names)}",
-            )
-        data = found[0]
-    return _of_domain(read_rows(data), domain, data.name)
+    path = _file_of(Path(data), domain, split)
+    return _of_domain(read_rows(path), domain, path.name)
 
 
 def read_splits(
@@ -129,32 +121,44 @@ def read_splits(
         ConfigError: If a domain has no rows on a side.
     """
     data = Path(data)
-    if heldout is not None or data.is_dir():
-        sources = {"train": data, "heldout": Path(heldout) if heldout is not None else data}
-        return {
-            split: {d: _read_one(sources[split], d, split, domains) for d in domains}
-            for split in SPLITS
-        }
+    sources = {"train": data, "heldout": data if heldout is None else Path(heldout)}
+    files = functools.cache(read_rows)  # one file may hold several domains
     splits: dict[str, dict[str, list[Row]]] = {split: {} for split in SPLITS}
     for domain in domains:
-        rows = _read_one(data, domain, "train", domains)
-        splits["train"][domain], splits["heldout"][domain] = _hold_out(rows, data.name)
+        for split in SPLITS:
+            path = _file_of(sources[split], domain, split)
+            rows = files(path)
+            if len(domains) > 1 and sources[split].is_file():
+                _check_named(rows, domains, path.name)
+            splits[split][domain] = _of_domain(rows, domain, path.name)
+        if heldout is None and data.is_file():
+            rows = splits["train"][domain]
+            splits["train"][domain], splits["heldout"][domain] = _hold_out(rows, data.name)
     return splits
 
 
-_ENDS = (".gz", "")
+def _file_of(data: Path, domain: str, split: str) -> Path:
+    if not data.is_dir():
+        return data
+    stems = (f"{domain}.{split}", split)
+    names = [f"{stem}.jsonl{end}" for stem in stems for end in (".gz", "")]
+    for name in names:
+        if (data / name).is_file():
+            return data / name
+    raise ConfigError(
+        f"no {domain}.{split}.jsonl in {data}",
+        hint=f"the folder must hold one of {', '.join(names)}",
+    )
 
 
-def _read_one(data: Path, domain: str, split: str, domains: Sequence[str]) -> list[Row]:
-    if len(domains) > 1 and data.is_file():
-        unnamed = sum(not row.domain for row in read_rows(data))
-        if unnamed:
-            raise ConfigError(
-                f"{unnamed} rows of {data.name} name no domain, so it is not known which of "
-                f"{', '.join(domains)} they belong to",
-                hint='give each row its "domain"',
-            )
-    return read_domain(data, domain, split)
+def _check_named(rows: Sequence[Row], domains: Sequence[str], name: str) -> None:
+    unnamed = sum(not row.domain for row in rows)
+    if unnamed:
+        raise ConfigError(
+            f"{unnamed} rows of {name} name no domain, so it is not known which of "
+            f"{', '.join(domains)} they belong to",
+            hint='give each row its "domain"',
+        )
 
 
 def _of_domain(rows: Sequence[Row], domain: str, name: str) -> list[Row]:

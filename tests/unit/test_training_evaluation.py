@@ -1,0 +1,115 @@
+"""The evaluation of every arm, and its table."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tests.tiny_models import tiny_xlora
+from tests.training_models import PAD, letter_tokenizer, row, write_rows
+from xlora_core.errors import ConfigError
+from xlora_core.model import XLoraModel
+from xlora_core.training import recipes
+from xlora_core.training.data import encode, encode_rows, mixed_examples
+from xlora_core.training.evaluation import evaluate, table
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> XLoraModel:
+    """Gives adapter "1" 4/5 of every module, whatever the text."""
+    model = tiny_xlora(tmp_path, n_adapters=2, classifier_scale=0.0)
+    with torch.no_grad():
+        last = cast("Any", model.classifier.layers[-1])
+        last.bias.view(-1, 2).copy_(torch.tensor([0.0, 3.0]).log1p())
+    return model
+
+
+def test_it_knows_the_right_expert(model: XLoraModel) -> None:
+    tokenizer = letter_tokenizer()
+    rows = {d: [row(f"{i}", "abc", d) for i in range(4)] for d in ("0", "1")}
+    groups = {d: encode_rows(rows[d], tokenizer, 60) for d in rows}
+    groups["mixed"] = mixed_examples(rows, tokenizer, 60, 4)
+    results = evaluate(model, groups, PAD)
+    assert results["0"].right_mass == pytest.approx(0.2, abs=1e-4)
+    assert results["1"].right_mass == pytest.approx(0.8, abs=1e-4)
+    assert results["0"].mass == {"0": pytest.approx(0.2), "1": pytest.approx(0.8)}
+    assert (results["0"].right_top, results["1"].right_top) == (0.0, 1.0)
+    for domain in rows:
+        losses = results[domain].losses
+        assert losses["right"] == losses[f"expert:{domain}"]
+        assert len({losses[arm] for arm in ("base", "uniform", "routed")}) == 3
+    assert 0 < (results["mixed"].right_top or 0) < 1
+    lines = table({n: vars(r) for n, r in results.items()}).splitlines()
+    assert lines[0].startswith(
+        "| domain | tokens | base | uniform | expert:0 | expert:1 | routed |"
+    )
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_losses_are_those_of_the_model_itself(model: XLoraModel) -> None:
+    example = encode([row("a", "bcd", "0")], letter_tokenizer(), 60)
+    assert example is not None
+    losses = evaluate(model, {"0": [example]}, PAD)["0"].losses
+    ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+    routed = model(input_ids=ids, labels=labels).loss.item()
+    merged = model.merge_and_unload()(input_ids=ids, labels=labels).loss.item()
+    assert losses["routed"] == pytest.approx(routed, abs=1e-4)
+    assert losses["uniform"] == pytest.approx(merged, abs=1e-4)
+
+
+def test_an_unknown_domain_has_no_right_expert(model: XLoraModel) -> None:
+    example = encode([row("a", "b", "cooking")], letter_tokenizer(), 60)
+    assert example is not None
+    result = evaluate(model, {"cooking": [example]}, PAD)["cooking"]
+    assert result.right_mass is None
+    assert "right" not in result.losses
+    assert "| - |" in table({"cooking": vars(result)})
+
+
+def test_the_table_goes_into_the_card(tmp_path: Path) -> None:
+    card = tmp_path / "CARD.md"
+    card.write_text("# a\n<!-- evaluation -->\nold\n<!-- /evaluation -->\nend\n")
+    recipes.write_into_card(card, "| new |")
+    recipes.write_into_card(card, "| newer |")
+    assert card.read_text() == ("# a\n<!-- evaluation -->\n| newer |\n<!-- /evaluation -->\nend\n")
+    card.write_text("nothing")
+    with pytest.raises(ConfigError, match="has no lines <!-- evaluation -->"):
+        recipes.write_into_card(card, "x")
+
+
+def test_a_card_without_a_place_is_refused_before_the_work(
+    model: XLoraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recipes, "evaluate", pytest.fail)
+    with pytest.raises(ConfigError, match="has no lines"):
+        recipes.run_evaluation(
+            model, letter_tokenizer(), data=tmp_path, card=tmp_path / "missing.md"
+        )
+
+
+def test_rows_that_are_all_too_long_are_an_error(model: XLoraModel, tmp_path: Path) -> None:
+    rows = [{"domain": "0", "user": "a", "assistant": "b"}]
+    rows += [{"domain": "1", "user": "a" * 400, "assistant": "b"}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(ConfigError, match="no held-out row of 1 fits into 288 tokens"):
+        recipes.evaluation_groups(path, model.adapter_names, letter_tokenizer(), rows=4)
+
+
+def test_the_sample_leaves_out_what_has_no_licence(tmp_path: Path) -> None:
+    lines = [
+        {"domain": "chemistry", "id": str(i), "user": "u", "assistant": text}
+        for i, text in enumerate(["It melts at 3 K.", "Its formula is H2O.", "z" * 2000])
+    ]
+    for split in ("train", "heldout"):
+        text = "\n".join(json.dumps(line) for line in lines)
+        (tmp_path / f"chemistry.{split}.jsonl").write_text(text)
+    outs = [tmp_path / "a", tmp_path / "b"]
+    for out in outs:
+        recipes.write_sample(tmp_path, ["chemistry"], out, train=2, heldout=2)
+    assert [r.id for r in recipes.read_domain(outs[0], "chemistry", "train")] == ["1"]
+    name = "chemistry.train.jsonl.gz"
+    assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()

@@ -1,0 +1,322 @@
+"""Training routers on a tiny model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+
+from tests.tiny_models import tiny_base, tiny_xlora, write_experts
+from tests.training_models import (
+    PAD,
+    ROUTER,
+    CallAt,
+    examples,
+    letter_tokenizer,
+    row,
+    weights_of,
+)
+from xlora_core.config import RouterTrainConfig, TrainConfig, XLoraConfig
+from xlora_core.errors import ConfigError, ModelError
+from xlora_core.model import XLoraModel
+from xlora_core.training.data import collate
+from xlora_core.training.router import (
+    RouterTrainer,
+    fresh_model,
+    router_examples,
+    router_logits_of,
+    train_router,
+)
+from xlora_core.training.trainer import learning_rate_share
+
+CLASSIFIER = {"classifier.layers.0.weight", "classifier.layers.0.bias"}
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return write_experts(tmp_path_factory.mktemp("experts"))
+
+
+def trainer_of(model: XLoraModel, folder: Path, settings: RouterTrainConfig) -> RouterTrainer:
+    mixed = [*examples(8, "0"), *examples(8, "1")]
+    return RouterTrainer(model, PAD, mixed, examples(4), folder, settings)
+
+
+def gradients(
+    model: XLoraModel, folder: Path, settings: RouterTrainConfig
+) -> dict[str, torch.Tensor]:
+    """The gradients of the first step, by the trainer's own passes; dropout draws the same."""
+    trainer = trainer_of(model, folder, settings)
+    batches, _ = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), settings.accumulation, torch.device("cpu")
+    )
+    model.zero_grad()
+    torch.manual_seed(3)
+    for batch in batches:
+        trainer.training_step(model, batch)
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_a_fresh_model_is_the_uniform_merge(adapters: dict[str, str]) -> None:
+    model = fresh_model(tiny_base(), adapters, ROUTER)
+    logits = model.scaling_pass(input_ids=torch.tensor([[5, 6, 7]])).router_logits
+    torch.testing.assert_close(model.route(logits), torch.full_like(logits, 1 / 3))
+
+
+def test_the_loss_of_a_pass_is_the_models_own(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path)
+    trainer = RouterTrainer(model, PAD, examples(), [], tmp_path, ROUTER)
+    batch = collate(examples(3), PAD)
+    answers = trainer.answer_pass(trainer.collated(examples(3)))
+    expected = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, labels=batch.labels
+    ).loss
+    torch.testing.assert_close(answers.losses.mean(), expected, rtol=1e-5, atol=1e-5)
+    assert answers.domains.tolist() == [0] * len(answers.losses)
+
+
+def test_the_observed_logits_are_those_of_the_call(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path)
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    with router_logits_of(model) as observed:
+        model(input_ids=ids)
+    expected = model.scaling_pass(input_ids=ids).router_logits
+    torch.testing.assert_close(observed(ids), expected)
+    assert observed(ids).requires_grad
+    model(input_ids=ids[:1])
+    assert observed(ids).shape[0] == 2  # it listens no longer
+
+
+def test_training_lowers_the_loss_and_changes_the_classifier_only(
+    adapters: dict[str, str], tmp_path: Path
+) -> None:
+    model = fresh_model(tiny_base(), adapters, ROUTER)
+    model.base_model.config.use_cache = True
+    before = weights_of(model)
+    log = train_router(model, PAD, examples(), examples(4), tmp_path / "out", ROUTER)
+    assert log.heldout_loss[-1][1] < log.heldout_loss[0][1] - 0.01
+    assert [step for step, _ in log.heldout_loss] == [0, 3, 6]
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert changed == CLASSIFIER
+    assert not model.training
+    assert model.base_model.config.use_cache  # the trainer would switch it off for good
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    written = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert written["train_loss"] == log.train_loss
+    assert written["settings"]["steps"] == 6
+    assert log.seconds > 0
+    figures = log.heldout_routing[-1][1]
+    assert set(figures) == {"entropy", "mass:0", "mass:1", "mass:2", "right_mass", "right_top"}
+    assert sum(figures[f"mass:{k}"] for k in range(3)) == pytest.approx(1, abs=1e-3)
+    assert figures["entropy"] < log.heldout_routing[0][1]["entropy"] == 1
+
+
+@pytest.mark.parametrize("train_adapters", [False, True])
+def test_what_was_trained_is_read_back(
+    adapters: dict[str, str], tmp_path: Path, train_adapters: bool
+) -> None:
+    settings = replace(ROUTER, train_adapters=train_adapters)
+    model = fresh_model(tiny_base(), adapters, settings)
+    before = weights_of(model)
+    train_router(model, PAD, examples(), [], tmp_path / "out", settings)
+    changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    experts = {n for n in before if n.endswith((".lora_A", ".lora_B"))}
+    assert changed == CLASSIFIER | (experts if train_adapters else set())
+    again = XLoraModel.from_pretrained(tiny_base(), tmp_path / "out")
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("balanced", [True, False])
+@pytest.mark.parametrize("label_loss", [0.0, 0.5])
+def test_accumulation_of_two_times_four_rows_is_one_pass_of_eight(
+    tmp_path: Path, balanced: bool, label_loss: float
+) -> None:
+    model = tiny_xlora(tmp_path, dtype=torch.float64, use_trainable_adapters=True)
+    settings = replace(ROUTER, rows=8, balanced=balanced, label_loss=label_loss)
+    whole = gradients(model, tmp_path / "a", settings)
+    halves = gradients(model, tmp_path / "b", replace(settings, rows=4, accumulation=2))
+    assert len(whole) == 2 + 2 * len(model.lora_layers)
+    for name, gradient in whole.items():
+        assert gradient.abs().max() > 1e-8
+        torch.testing.assert_close(halves[name], gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("train_adapters", [False, True])
+@pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
+def test_gradient_checkpointing_trains_to_the_same_weights(
+    adapters: dict[str, str], tmp_path: Path, mode: str, train_adapters: bool
+) -> None:
+    settings = replace(ROUTER, depth=2, size=8, train_adapters=train_adapters, learning_rate=1e-2)
+    trained = []
+    for name in ("off", mode):
+        torch.manual_seed(0)
+        model = fresh_model(tiny_base(dtype=torch.float64), adapters, settings)
+        before = weights_of(model)
+        calls: list[bool] = []
+        model.lora_layers[0].register_forward_hook(
+            lambda *_, calls=calls: calls.append(torch.is_grad_enabled())
+        )
+        train_router(
+            model,
+            PAD,
+            examples(),
+            [],
+            tmp_path / name,
+            replace(settings, gradient_checkpointing=name),
+        )
+        assert not model.base_model.is_activation_checkpointing
+        # Scaling pass, main pass; and once more inside backward if it recomputes.
+        assert len(calls) == settings.steps * (2 if name == "off" else 3)
+        trained.append(weights_of(model))
+    moved = {n for n in before if not torch.equal(trained[0][n], before[n])}
+    assert "classifier.layers.0.weight" in moved
+    for weight in moved:
+        torch.testing.assert_close(trained[1][weight], trained[0][weight], rtol=1e-7, atol=1e-9)
+
+
+def test_autocast_leaves_router_and_trained_weights_in_float32(
+    adapters: dict[str, str], tmp_path: Path
+) -> None:
+    settings = replace(ROUTER, autocast=True, train_adapters=True, learning_rate=1e-2)
+    model = fresh_model(tiny_base(), adapters, settings)
+    seen: set[torch.dtype] = set()
+    model.classifier.register_forward_hook(lambda *call: seen.add(call[-1].dtype))
+    inside: set[torch.dtype] = set()
+    hidden = cast("Any", model.lora_layers[0]).base_layer
+    hidden.register_forward_hook(lambda *call: inside.add(call[-1].dtype))
+    log = train_router(model, PAD, examples(), examples(4), tmp_path / "out", settings)
+    assert seen == {torch.float32}
+    assert inside == {torch.bfloat16}
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert {p.dtype for p in learning} == {torch.float32}
+    assert log.heldout_loss[-1][1] < log.heldout_loss[0][1] - 0.01
+    # Not patched: what it computes afterwards is float32 again.
+    assert model(input_ids=torch.tensor([[5]])).logits.dtype == torch.float32
+
+
+def test_a_bfloat16_base_trains_a_float32_router(adapters: dict[str, str], tmp_path: Path) -> None:
+    settings = replace(ROUTER, autocast=True, dtype="bfloat16", learning_rate=1e-2)
+    model = fresh_model(tiny_base(dtype=torch.bfloat16), adapters, settings)
+    log = train_router(model, PAD, examples(), examples(4), tmp_path / "out", settings)
+    assert {p.dtype for p in model.classifier.parameters()} == {torch.float32}
+    assert log.heldout_loss[-1][1] < log.heldout_loss[0][1] - 0.01
+
+
+def test_gradients_are_clipped(adapters: dict[str, str], tmp_path: Path) -> None:
+    def first_moment(limit: float) -> float:
+        settings = replace(ROUTER, steps=1, max_grad_norm=limit)
+        model = fresh_model(tiny_base(), adapters, settings)
+        trainer = trainer_of(model, tmp_path / str(limit), settings)
+        trainer.fit()
+        state = trainer.optimizer.state_dict()["state"]
+        # After one step AdamW's first moment is (1 - 0.9) of the gradient.
+        return float(torch.cat([s["exp_avg"].flatten() for s in state.values()]).norm() / 0.1)
+
+    assert first_moment(1e-3) == pytest.approx(1e-3, rel=1e-3)
+    assert first_moment(0) > 2e-3
+
+
+def test_the_balance_loss_evens_out_a_router(adapters: dict[str, str], tmp_path: Path) -> None:
+    def evenness(weight: float) -> float:
+        settings = replace(ROUTER, balance_loss=weight, steps=20, learning_rate=0.05, eval_every=20)
+        model = fresh_model(tiny_base(), adapters, settings)
+        with torch.no_grad():
+            cast("Any", model.classifier.layers[-1]).bias.view(-1, 3)[:, 0] = 2.0
+        log = train_router(model, PAD, examples(), examples(4), tmp_path / str(weight), settings)
+        if weight:
+            values = [value["balance"] for _, value in log.auxiliary_losses]
+            assert values[-1] < values[0] / 2
+        return log.heldout_routing[-1][1]["entropy"]
+
+    assert evenness(10.0) > evenness(0.0) + 0.02
+
+
+def test_the_label_loss_teaches_which_expert_is_meant(
+    adapters: dict[str, str], tmp_path: Path
+) -> None:
+    settings = replace(ROUTER, label_loss=5.0, steps=20, learning_rate=0.05, eval_every=20)
+    model = fresh_model(tiny_base(), adapters, settings)
+    log = train_router(model, PAD, examples(domain="2"), examples(4, "2"), tmp_path / "a", settings)
+    assert log.heldout_routing[-1][1]["right_top"] > 0.95
+    assert len(log.auxiliary_losses) == 20
+    # It may be on for the first steps only.
+    model = fresh_model(tiny_base(), adapters, settings)
+    short = replace(settings, label_steps=3)
+    log = train_router(model, PAD, examples(domain="2"), [], tmp_path / "b", short)
+    assert [step for step, _ in log.auxiliary_losses] == [1, 2, 3]
+
+
+def test_auxiliary_losses_need_scalings_that_sum_to_one(
+    adapters: dict[str, str], tmp_path: Path
+) -> None:
+    config = XLoraConfig(adapters=adapters, enable_softmax=False)
+    model = XLoraModel.from_base(tiny_base(), config)
+    with pytest.raises(ConfigError, match="need scalings that sum to 1"):
+        train_router(model, PAD, examples(), [], tmp_path, replace(ROUTER, label_loss=1.0))
+
+
+def test_nothing_to_train_is_an_error(adapters: dict[str, str], tmp_path: Path) -> None:
+    model = fresh_model(tiny_base(), adapters, ROUTER)
+    model.requires_grad_(False)
+    with pytest.raises(ConfigError, match="nothing can learn"):
+        train_router(model, PAD, examples(), [], tmp_path, ROUTER)
+
+
+def test_a_run_that_diverges_says_so(adapters: dict[str, str], tmp_path: Path) -> None:
+    model = fresh_model(tiny_base(), adapters, ROUTER)
+
+    def spoil() -> None:
+        with torch.no_grad():
+            cast("Any", model.classifier.layers[-1]).bias.fill_(float("nan"))
+
+    with pytest.raises(ModelError, match="diverged: the loss of step 4 is nan") as caught:
+        train_router(
+            model, PAD, examples(), [], tmp_path / "out", ROUTER, progress=CallAt(3, spoil)
+        )
+    assert "lower learning rate" in caught.value.hint
+
+
+def test_the_mixture_has_as_many_rows_of_each_domain() -> None:
+    rows = {
+        "a": [row(f"{i}", "x", "a") for i in range(40)],
+        "b": [row(f"{i}", "y", "b") for i in range(40)],
+    }
+    settings = replace(ROUTER, steps=5, accumulation=2, mixed_share=0.25)
+    kinds = [
+        frozenset(e.domains) - {""} for e in router_examples(rows, letter_tokenizer(), settings)
+    ]
+    counts = {kind: kinds.count(kind) for kind in set(kinds)}
+    assert counts == {frozenset("a"): 15, frozenset("b"): 15, frozenset("ab"): 10}
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    settings = TrainConfig(steps=10, warmup_steps=2)
+    shares = [learning_rate_share(step, settings) for step in range(10)]
+    assert shares[:3] == [0.5, 1.0, 1.0]
+    assert shares[2:] == sorted(shares[2:], reverse=True)
+    assert 0.05 < shares[-1] < 0.12
+    assert learning_rate_share(10, settings) == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("values", "faults"),
+    [
+        ({"steps": 0, "rows": 2.5}, ["steps must be a whole number >= 1, got 0", "rows must be"]),
+        ({"learning_rate": float("nan")}, ["learning_rate must be finite and > 0, got nan"]),
+        ({"dtype": "float16"}, ["dtype must be one of bfloat16, float32, got 'float16'"]),
+        ({"gradient_checkpointing": "on"}, ["gradient_checkpointing must be one of off, reentr"]),
+        ({"mixed_share": 1.5, "label_loss": -1}, ["mixed_share must be in [0, 1]", "label_loss"]),
+        ({"label_steps": 0}, ["label_steps must be None or a whole number >= 1, got 0"]),
+    ],
+)
+def test_settings_out_of_range_are_listed(values: dict[str, Any], faults: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        RouterTrainConfig(**values)
+    assert len(caught.value.faults) == len(faults)
+    for found, expected in zip(caught.value.faults, faults, strict=True):
+        assert found.startswith(expected)
