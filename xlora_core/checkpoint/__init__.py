@@ -2,7 +2,7 @@
 
 from xlora_core.checkpoint.contents import Checkpoint, Layout, base_identity
 from xlora_core.checkpoint.experts import write_adapter
-from xlora_core.checkpoint.fitting import check_fits, router_shapes
+from xlora_core.checkpoint.fitting import check_fits, n_lora_layers, router_shapes
 from xlora_core.checkpoint.names_file import NAMES_FILE
 from xlora_core.checkpoint.ordering import ORDERING_FILE, read_ordering
 from xlora_core.checkpoint.original_layout import (
@@ -35,6 +35,7 @@ __all__ = [
     "base_identity",
     "check_fits",
     "layout_of",
+    "n_lora_layers",
     "read_checkpoint",
     "read_ordering",
     "read_original_config",

@@ -111,6 +111,17 @@ def router_shapes(
     return shapes
 
 
+def n_lora_layers(checkpoint: Checkpoint) -> int | None:
+    """Returns the number L of adapted modules; None if only the base model could tell."""
+    config = checkpoint.config
+    if checkpoint.layer_names is not None:
+        return len(checkpoint.layer_names)
+    if not config.layerwise_scalings:
+        return None
+    last = checkpoint.classifier[f"layers.{linear_indices(config)[-1]}.bias"]
+    return len(last) // len(checkpoint.adapters)
+
+
 def check_in_module_order(checkpoint: Checkpoint) -> None:
     """Raises if a checkpoint may list its modules in another order than the base model.
 

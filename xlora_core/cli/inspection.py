@@ -1,12 +1,19 @@
-"""``xlora inspect``: what a model or a run file holds."""
+"""``xlora inspect``: what a model, a checkpoint folder or a run file holds."""
 
 from __future__ import annotations
 
 import argparse
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xlora_core.cli import options
+from xlora_core.cli.checkpoint_report import (
+    checkpoint_report,
+    print_checkpoint,
+    router_words,
+    routing_words,
+)
 from xlora_core.cli.generation import summary
 from xlora_core.cli.terminal import safe
 
@@ -18,6 +25,8 @@ _EXAMPLES = """\
   xlora inspect
   xlora inspect --modules
   xlora inspect --model path/to/base --checkpoint path/to/xlora --json
+  xlora inspect path/to/xlora
+  xlora inspect path/to/peft --adapter 0=loras/math --adapter 1=loras/code
   xlora inspect sky.safetensors
 """
 
@@ -27,13 +36,19 @@ def add_command(commands: options.Commands) -> None:
     parser = options.new_command(
         commands,
         "inspect",
-        summary="show what a model or a run file holds",
+        summary="show what a model, a checkpoint or a run file holds",
         description="Shows a model's experts, adapted modules and router settings; or, given a "
-        "run file, what was\nrecorded in it.",
+        "checkpoint folder\n(ours, PEFT's or the original xlora package's), what is in it; or, "
+        "given a run file, what was\nrecorded in it.",
         examples=_EXAMPLES,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("run_file", nargs="?", metavar="RUN", help="a run file, instead of a model")
+    parser.add_argument(
+        "file",
+        nargs="?",
+        metavar="RUN|FOLDER",
+        help="a run file or a checkpoint folder, instead of a model",
+    )
     parser.add_argument(
         "--modules", action="store_true", help="list every adapted module with each expert's rank"
     )
@@ -42,10 +57,18 @@ def add_command(commands: options.Commands) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs ``inspect``."""
-    if args.run_file is not None:
+    if args.file is not None and Path(args.file).is_dir():
+        from xlora_core.checkpoint import read_checkpoint
+
+        adapters = options.named_values(
+            args.adapter, option="--adapter", example="--adapter math=loras/math"
+        )
+        report = checkpoint_report(read_checkpoint(args.file, adapters), name=args.file)
+        print_report = print_checkpoint
+    elif args.file is not None:
         from xlora_core.recording import Run
 
-        report = run_report(Run.load(args.run_file))
+        report = run_report(Run.load(args.file))
         print_report = _print_run
     else:
         report = model_report(options.load(args)[0], name=args.model)
@@ -140,23 +163,13 @@ def _adapter_report(adapter: str, modules: list[dict[str, Any]]) -> dict[str, An
 
 def _print_model(report: dict[str, Any], *, with_modules: bool) -> None:
     config, modules, adapters = report["config"], report["modules"], report["adapters"]
-    softmax = (
-        "softmax over the kept"
-        if config["enable_softmax_topk"]
-        else f"softmax at temperature {config['softmax_temperature']:g}"
-        if config["enable_softmax"]
-        else "no softmax"
-    )
     _print_fields(
         {
             "model": f"{report['model']} ({report['architecture']}, "
             f"{report['n_base_parameters']:,} parameters, {report['dtype']}, {report['device']})",
             "context": f"{report['context_length']:,} tokens",
-            "router": f"{report['n_router_parameters']:,} parameters, depth "
-            f"{config['xlora_depth']}, "
-            + ("one mixture per module" if config["layerwise_scalings"] else "one for all modules"),
-            "routing": f"{softmax}, top-k {config['top_k_lora'] or 'all'}, global weight "
-            f"{config['global_scaling_weight']:g}, scaling pass {config['scaling_pass_value']:g}"
+            "router": router_words(config, report["n_router_parameters"]),
+            "routing": routing_words(config)
             + "".join(f", {safe(label)}" for label in report["overrides"]),
             "modules": f"{len(modules)}: " + _kinds(modules),
         }

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from xlora_core.cli import export, generation, inspection, merging, training
+from xlora_core.cli import conversion, export, generation, inspection, merging, training
 from xlora_core.errors import XLoraError
 
 _DESCRIPTION = """\
@@ -25,6 +25,7 @@ examples:
   xlora export sky.safetensors --csv sky.csv --bucket-by segment
   xlora merge --output merged-model
   xlora inspect --model path/to/base --checkpoint path/to/xlora
+  xlora convert path/to/peft my-xlora --to ours --base path/to/base
   xlora train --adapters math=experts/math law=experts/law --data rows/ --out my-xlora
 
 Each command teaches more: xlora generate --help
@@ -68,6 +69,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (inspection, generation, export, merging, training):
+    for command in (inspection, generation, export, merging, conversion, training):
         command.add_command(commands)
     return parser
