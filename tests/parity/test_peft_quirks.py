@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from tests.parity.peft_reference import peft_reference
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts
-from xlora_core.config import XLoraConfig
+from xlora_core.config import AdapterOverride, RoutingKnobs, XLoraConfig
 from xlora_core.errors import AdapterError, ModelError
 from xlora_core.model import XLoraModel
 
@@ -225,6 +225,34 @@ def test_b3_the_base_model_called_by_itself_is_the_base_model(
     theirs = reference.get_base_model()(input_ids=prompt).logits
     assert (theirs - base).abs().max() > 1  # every adapter at weight 1
     assert torch.equal(model.base_model(input_ids=prompt).logits, base)
+
+
+@torch.no_grad()
+def test_b5_the_routers_rows_belong_to_names_not_positions(
+    model: XLoraModel, reference: Any
+) -> None:
+    prompt = tiny_prompt()
+    before = model(input_ids=prompt).logits
+    reference.base_model.set_adapter(["2", "1", "0"])
+    assert (reference(input_ids=prompt).logits - before).abs().max() > 1
+    model.reorder_adapters(["2", "1", "0"])
+    assert model.adapter_names == ["2", "1", "0"]
+    torch.testing.assert_close(model(input_ids=prompt).logits, before, atol=1e-10, rtol=0)
+    model.reorder_adapters(["0", "1", "2"])
+    # One alone: PEFT drives it by the first one's scalings. Here that is refused.
+    with pytest.raises(AdapterError, match="a choice of them cannot be set"):
+        model.set_adapter("2")
+    reference.base_model.set_adapter(["0", "1", "2"])
+    reference.delete_adapter("1")
+    with pytest.raises(KeyError):
+        reference(input_ids=prompt)
+    muted = RoutingKnobs(overrides=(AdapterOverride.mute("1"),))
+    assert (model(input_ids=prompt, knobs=muted).logits - before).abs().max() > 0.01
+    logits = model.scaling_pass(input_ids=prompt).router_logits
+    model.delete_adapter("1")
+    assert model.adapter_names == ["0", "2"]
+    left = model.scaling_pass(input_ids=prompt).router_logits
+    torch.testing.assert_close(left, logits[..., [0, 2]], atol=1e-10, rtol=0)
 
 
 def test_b6_a_cache_of_another_kind_is_refused(model: XLoraModel) -> None:
