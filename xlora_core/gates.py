@@ -108,7 +108,8 @@ class GateScalings:
 
         A module that saw one vector per text (a pooler) has the same row at each of its tokens,
         one that did not run (an embedding beside ``inputs_embeds``) has zeros. One that saw
-        several vectors per text, but not one a token, has their mean.
+        several vectors per text, but not one a token, has their mean. One that ran several times
+        has its last run.
 
         Args:
             tokens: ``[B, T]`` or ``[B, T, H]``, what the model read; None if it read no tokens.
@@ -139,6 +140,8 @@ def _at_tokens(index: int, logits: Tensor, like: Tensor) -> Tensor:
     n_texts, n_tokens = like.shape[:2]
     if leading in ((n_texts, n_tokens), (n_texts * n_tokens,)):
         return logits.reshape(like.shape)
+    if leading == (1, n_tokens):  # positions, which all texts share
+        return logits.expand_as(like)
     if leading[:1] == (n_texts,):
         of_text = logits if len(leading) == 1 else logits.flatten(1, -2).mean(dim=1)
         return of_text[:, None].expand_as(like)
