@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from app import presets, session
+from app import presets, session, steering
 from app.engine_client import EngineClient
 from xlora_core import Arm, RoutingKnobs, Run, SamplingParams
 from xlora_core.errors import EngineError, XLoraError
@@ -24,22 +26,26 @@ def arm_options(adapter_names: tuple[str, ...]) -> dict[str, Arm]:
     return {MERGED: Arm.merged(), BASE: Arm.base(), **experts}
 
 
-def knobs_from_widgets(n_adapters: int, fallback: RoutingKnobs) -> RoutingKnobs:
-    """Returns the knobs that the sliders show."""
+def knobs_from_widgets(adapter_names: Sequence[str], fallback: RoutingKnobs) -> RoutingKnobs:
+    """Returns the knobs that the widgets show."""
+    n_adapters = len(adapter_names)
     top_k = session.get(session.knob_top_k(n_adapters), fallback.top_k or n_adapters)
     return RoutingKnobs(
         # The slider's right end says "all"; a model that needs a top-k keeps the number.
         top_k=None if top_k == n_adapters and fallback.top_k is None else int(top_k),
         temperature=float(session.get(session.KNOB_TEMPERATURE, fallback.temperature)),
         global_weight=float(session.get(session.KNOB_WEIGHT, fallback.global_weight)),
+        overrides=steering.from_widgets(adapter_names, fallback.overrides),
     )
 
 
-def knobs_to_widgets(knobs: RoutingKnobs, n_adapters: int) -> None:
-    """Moves the sliders."""
+def knobs_to_widgets(knobs: RoutingKnobs, adapter_names: Sequence[str]) -> None:
+    """Moves the widgets."""
+    n_adapters = len(adapter_names)
     session.put(session.knob_top_k(n_adapters), knobs.top_k or n_adapters)
     session.put(session.KNOB_TEMPERATURE, knobs.temperature)
     session.put(session.KNOB_WEIGHT, knobs.global_weight)
+    steering.to_widgets(knobs.overrides, adapter_names)
 
 
 def sampling_from_widgets() -> SamplingParams:
@@ -65,7 +71,7 @@ def generate(client: EngineClient) -> None:
     names = client.card.adapter_names
     options = arm_options(names)
     try:
-        knobs = knobs_from_widgets(len(names), client.card.knobs)
+        knobs = knobs_from_widgets(names, client.card.knobs)
         compared = [options[name] for name in session.get(session.ARMS, []) if name in options]
         request = session.Request(
             prompt=[{"role": "user", "content": text}] if chat else text,
@@ -84,7 +90,7 @@ def regenerate(client: EngineClient) -> None:
         return
     names = client.card.adapter_names
     try:
-        routed = Arm.routed(knobs_from_widgets(len(names), client.card.knobs))
+        routed = Arm.routed(knobs_from_widgets(names, client.card.knobs))
         if shown.request is None:
             header = shown.run.header
             arms = tuple(track.arm for track in shown.run.tracks)
@@ -145,8 +151,8 @@ def started_run(handle: RequestHandle) -> Run | None:
     return run if len(run.tracks[0].token_ids) else None
 
 
-def turn_knobs(n_adapters: int, fallback: RoutingKnobs) -> None:
-    """Applies the sliders: from the next token of a live run, or to a finished run's recording."""
+def turn_knobs(adapter_names: Sequence[str], fallback: RoutingKnobs) -> None:
+    """Applies the widgets: from the next token of a live run, or to a finished run's recording."""
     shown = session.current()
     if shown is None:
         return
@@ -157,7 +163,7 @@ def turn_knobs(n_adapters: int, fallback: RoutingKnobs) -> None:
     try:
         for index, arm in enumerate(arms):
             if arm.kind == "routed":
-                shown.handle.set_knobs(index, knobs_from_widgets(n_adapters, fallback))
+                shown.handle.set_knobs(index, knobs_from_widgets(adapter_names, fallback))
     except XLoraError as failure:
         session.set_error(failure)
 
@@ -171,20 +177,21 @@ def back_to_recorded() -> None:
 
 
 def _follow(run: Run) -> None:
-    """Moves the sliders to the last knobs of a run."""
+    """Moves the widgets to the last knobs of a run."""
     knobs = last_knobs(run)
     if knobs:
-        knobs_to_widgets(knobs, len(run.header.adapter_names))
+        knobs_to_widgets(knobs, run.header.adapter_names)
 
 
 def last_knobs(run: Run) -> RoutingKnobs | None:
     """Returns the knobs in force at the end of the run's routed arm."""
     for track in run.tracks:
         if track.arm.kind == "routed" and len(track.top_k):
-            return RoutingKnobs(
-                top_k=int(track.top_k[-1]) or None,
-                temperature=round(float(track.temperature[-1]), 6),
-                global_weight=round(float(track.global_weight[-1]), 6),
+            knobs = track.knobs(-1)
+            return replace(
+                knobs,
+                temperature=round(knobs.temperature, 6),
+                global_weight=round(knobs.global_weight, 6),
             )
     return None
 

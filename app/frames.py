@@ -13,9 +13,12 @@ import pandas as pd
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from xlora_core import Arm, RoutingKnobs, Run
+    from xlora_core import AdapterOverride, Arm, RoutingKnobs, Run
 
 FloatArray = NDArray[np.float32]
+
+# Patterns of one override that a short text names.
+N_PATTERNS = 2
 
 _BLOCK = re.compile(r"^(?P<stem>.*?)\.(?P<block>\d+)\.(?P<path>.+)$")
 
@@ -27,7 +30,7 @@ class Routing:
     Attributes:
         scalings: ``[R, L, K]`` what the router says.
         effective: ``[R, L, K]`` what the modules multiply by.
-        cut: ``[R, L, K]`` True where top-k dropped an adapter.
+        cut: ``[R, L, K]`` True where an adapter does not act: top-k dropped it or it is muted.
         present: ``[L, K]`` False where an adapter has no weights in a module.
         global_weight: ``[R]`` the factor in force at each token.
     """
@@ -79,7 +82,7 @@ def routed_arm(run: Run) -> int | None:
 
 
 def routing(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> Routing:
-    """Returns the arm's routing; one row per module, or one for all when the router shares it.
+    """Returns the arm's routing; one row per module, or one where all modules have the same.
 
     Args:
         run: A finished run or a snapshot of a live one.
@@ -95,13 +98,26 @@ def routing(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> Routing:
         weight = np.asarray(track.global_weight[:rows], dtype=np.float32)
     else:
         weight = np.full(rows, knobs.global_weight, dtype=np.float32)
-    if not run.header.layerwise:
+    if not differs_by_module(run, arm, knobs):
         # All modules share one row of scalings; it is absent only where no module has the adapter.
         first = int(np.argmax(present.sum(axis=1)))
         scalings, effective = scalings[:, :1], effective[:, first : first + 1]
         present = np.asarray(present.any(axis=0, keepdims=True), dtype=bool)
     cut = (effective == 0) & (scalings != 0) & present & (weight != 0)[:, None, None]
     return Routing(scalings, effective, cut, present, weight)
+
+
+def overrides(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> tuple[AdapterOverride, ...]:
+    """Returns every override that acts on the arm at some token; with ``knobs`` theirs."""
+    if knobs is not None:
+        return tuple(knobs.overrides)
+    return tuple(override for found in run.tracks[arm].override_sets for override in found)
+
+
+def differs_by_module(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> bool:
+    """Returns whether modules have scalings of their own: from the router, or by an override."""
+    of_some = any(override.modules is not None for override in overrides(run, arm, knobs))
+    return run.header.layerwise or of_some
 
 
 def tail(run: Run, arm: int, start: int) -> Run:
@@ -161,10 +177,23 @@ def value_range(
     return (-high if signed else 0.0, high)
 
 
-def knob_texts(top_k: int, temperature: float, global_weight: float) -> list[str]:
-    """Returns each knob as a short text; a ``top_k`` of 0 keeps all."""
-    kept = str(top_k) if top_k else "all"
-    return [f"top-k {kept}", f"temperature {temperature:.3g}", f"weight {global_weight:.3g}"]
+def knob_texts(knobs: RoutingKnobs) -> list[str]:
+    """Returns each knob as a short text, then each override."""
+    return [
+        f"top-k {knobs.top_k or 'all'}",
+        f"temperature {knobs.temperature:.3g}",
+        f"weight {knobs.global_weight:.3g}",
+        *map(override_text, knobs.overrides),
+    ]
+
+
+def override_text(override: AdapterOverride) -> str:
+    """Returns an override as a short text; of many modules only the first two are named."""
+    patterns = override.patterns or ()
+    if len(patterns) <= N_PATTERNS:
+        return override.label
+    named = replace(override, modules=patterns[:N_PATTERNS]).label
+    return f"{named} and {len(patterns) - N_PATTERNS} more"
 
 
 def knob_changes(run: Run, arm: int) -> list[tuple[int, str, str]]:
@@ -173,16 +202,18 @@ def knob_changes(run: Run, arm: int) -> list[tuple[int, str, str]]:
     The first entry is token 0 with the knobs at the start.
     """
     track = run.tracks[arm]
-    rows = min(len(track.top_k), len(track.temperature), len(track.global_weight))
     found: list[tuple[int, str, str]] = []
     before: list[str] = []
-    for t in range(min(rows, track.n_routed)):
-        top_k, temperature = int(track.top_k[t]), float(track.temperature[t])
-        now = knob_texts(top_k, temperature, float(track.global_weight[t]))
+    steered: list[str] = []
+    for row in track.knob_changes():
+        knobs = track.knobs(row)
+        now = knob_texts(knobs)
+        adapters = list(dict.fromkeys(override.adapter for override in knobs.overrides))
+        changed = [text for text in now if text not in before]
+        changed += [f"{name} automatic" for name in steered if name not in adapters]
         if now != before:
-            changed = [text for text in now if text not in before]
-            found.append((t, " · ".join(changed), " · ".join(now)))
-        before = now
+            found.append((row, " · ".join(changed), " · ".join(now)))
+        before, steered = now, adapters
     return found
 
 

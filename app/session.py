@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import streamlit as st
 
 from app.components.heatmap.planes import Planes
-from xlora_core import Arm, Run, SamplingParams
+from xlora_core import AdapterOverride, Arm, Run, SamplingParams
 from xlora_core.errors import XLoraError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ _REROUTED = "rerouted"
 _FRAME = "frame"
 _N_FILES = "n_files"
 _REACH = "reach"
+_BY_MODULE = "overrides_by_module"
 
 MAX_SHOWS = 8
 
@@ -45,6 +46,16 @@ MAX_SHOWS = 8
 def knob_top_k(n_adapters: int) -> str:
     """Returns the top-k slider's key; a slider of another length is another widget."""
     return f"knobs.top_k.{n_adapters}"
+
+
+def steer_choice(name: str) -> str:
+    """Returns the key of an adapter's choice between the router and an override."""
+    return f"steer.choice.{name}"
+
+
+def steer_value(choice: str, name: str) -> str:
+    """Returns the key of the slider that goes with an adapter's choice."""
+    return f"steer.{choice}.{name}"
 
 
 @dataclass(frozen=True)
@@ -117,6 +128,12 @@ def reach(key: str, low: float, high: float, start: float) -> tuple[float, float
     value = float(st.session_state.get(key, start))
     widened[key] = min(low, value), max(high, value)
     return widened[key]
+
+
+def overrides_by_module() -> dict[str, tuple[AdapterOverride, ...]]:
+    """Returns adapter -> the overrides of the run that the widgets were last moved to."""
+    kept: dict[str, tuple[AdapterOverride, ...]] = st.session_state.setdefault(_BY_MODULE, {})
+    return kept
 
 
 def shows() -> list[Show]:

@@ -8,6 +8,7 @@ import streamlit as st
 
 from app import actions, frames, session
 from app.engine_client import EngineClient
+from app.panels import steering
 from xlora_core import RoutingKnobs, Run, XLoraConfig
 
 
@@ -30,15 +31,17 @@ def _knobs(client: EngineClient) -> None:
     show = session.current()
     run = shown_run(show)
     recorded = run.header if run else None
-    n_adapters = len(recorded.adapter_names) if recorded else len(card.adapter_names)
+    names = tuple(recorded.adapter_names) if recorded else card.adapter_names
+    n_adapters = len(names)
     softmax = recorded.enable_softmax if recorded else card.config.enable_softmax
     if n_adapters != len(card.adapter_names):
         # A run of another model is on the screen: the loaded model's own slider is not drawn.
         session.keep(session.knob_top_k(len(card.adapter_names)))
+    steering.keep([name for name in card.adapter_names if name not in names])
     fallback = _fallback(card.knobs, card.config, n_adapters, len(card.adapter_names))
     st.subheader("Routing", anchor=False)
     st.caption(_when(show))
-    turned = partial(actions.turn_knobs, n_adapters, fallback)
+    turned = partial(actions.turn_knobs, names, fallback)
     if n_adapters > 1:
         st.slider(
             f"Top-k: adapters kept of {n_adapters}",
@@ -73,6 +76,7 @@ def _knobs(client: EngineClient) -> None:
         help="Factor on every scaling. 0 is the base model, 1 is as trained.",
         on_change=turned,
     )
+    steering.draw(names, fallback.overrides, softmax=softmax, turned=turned)
 
 
 def _fallback(knobs: RoutingKnobs, config: XLoraConfig, n_shown: int, n_model: int) -> RoutingKnobs:
@@ -152,13 +156,8 @@ def _runs() -> None:
         )
 
 
-def rerouting(n_adapters: int) -> RoutingKnobs:
-    """Returns the knobs that a finished run is re-routed with."""
-    return actions.knobs_from_widgets(n_adapters, RoutingKnobs())
-
-
 def shown_knobs(run: Run) -> RoutingKnobs | None:
     """Returns the knobs to draw the run under; None for those recorded."""
     if not session.rerouted() or frames.routed_arm(run) is None:
         return None
-    return rerouting(len(run.header.adapter_names))
+    return actions.knobs_from_widgets(run.header.adapter_names, RoutingKnobs())

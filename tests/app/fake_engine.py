@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from app.engine_client import EngineClient, ModelCard
-from xlora_core import Arm, RoutingKnobs, Run, SamplingParams, XLoraConfig
+from xlora_core import AdapterOverride, Arm, RoutingKnobs, Run, SamplingParams, XLoraConfig
 from xlora_core.errors import ConfigError, PromptError, QueueFullError, XLoraError
 from xlora_core.recording import RunHeader, RunRecorder, TrackRecorder
 
@@ -65,6 +65,7 @@ class Fake:
     absent: tuple[tuple[int, int], ...] = ()
     context_length: int = 600
     max_queue: int = 2
+    overrides: tuple[AdapterOverride, ...] = ()
     fails_after: int | None = None
     waits_for: threading.Event | None = None
 
@@ -101,7 +102,7 @@ class FakeHandle:
         self.engine.leave(self)
 
     def set_knobs(self, arm: int, knobs: RoutingKnobs) -> bool:
-        self.knobs[arm] = knobs.check(len(ADAPTERS))
+        self.knobs[arm] = knobs.check_names(ADAPTERS, self.engine.fake.layer_names)
         return not self.ended.is_set()
 
     def wait(self, timeout: float | None = None) -> Run:
@@ -300,6 +301,6 @@ def fake_client(fake: Fake | None = None) -> EngineClient:
         dtype="float32",
         context_length=fake.context_length,
         config=config,
-        knobs=RoutingKnobs(),
+        knobs=RoutingKnobs(overrides=fake.overrides),
     )
     return EngineClient(FakeEngine(fake), card)

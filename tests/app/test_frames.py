@@ -7,7 +7,7 @@ import pytest
 
 from app import frames
 from tests.app import runs
-from xlora_core import Arm, RoutingKnobs
+from xlora_core import AdapterOverride, Arm, RoutingKnobs
 
 
 def test_modules_are_grouped_by_block_and_kind():
@@ -88,6 +88,41 @@ def test_knob_changes_name_what_changed():
         (0, "top-k all · temperature 1 · weight 1", "top-k all · temperature 1 · weight 1"),
         (3, "top-k 2 · temperature 0.5", "top-k 2 · temperature 0.5 · weight 1"),
     ]
+
+
+def test_knob_changes_name_overrides_and_their_end():
+    muted, pinned = (
+        AdapterOverride.mute("math"),
+        AdapterOverride.pin("verse", 0.5, ["a*", "m*", "*"]),
+    )
+    run = runs.run(
+        knobs={
+            1: RoutingKnobs(overrides=[muted, pinned]),
+            2: RoutingKnobs(overrides=[AdapterOverride.scale("math", 2), pinned]),
+            4: RoutingKnobs(),
+        },
+        layer_names=[*runs.LAYERS[:3], "a"],
+    )
+    plain = "top-k all · temperature 1 · weight 1"
+    pin = "verse pinned at 0.5 in a*, m* and 1 more"
+    assert frames.knob_changes(run, 0) == [
+        (0, plain, plain),
+        (1, f"math muted · {pin}", f"{plain} · math muted · {pin}"),
+        (2, "math rescaled by 2", f"{plain} · math rescaled by 2 · {pin}"),
+        (4, "math automatic · verse automatic", plain),
+    ]
+
+
+def test_a_muted_adapter_is_drawn_as_one_that_does_not_act():
+    muted = RoutingKnobs(overrides=[AdapterOverride.mute("math", "*.q_proj")])
+    drawn = frames.routing(runs.run(knobs={0: muted}), 0)
+    assert drawn.cut[:, [0, 2], 0].all()
+    assert not drawn.cut[:, [1, 3]].any()
+    assert not drawn.cut[:, :, 1:].any()
+    pinned = RoutingKnobs(top_k=1, overrides=[AdapterOverride.pin("math", 0.1)])
+    drawn = frames.routing(runs.run(), 0, pinned)
+    assert not drawn.cut[:, :, 0].any()
+    assert drawn.effective[:, :, 0] == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from app.components.heatmap import payload
 from app.components.heatmap.planes import Planes
 from tests.app import runs
 from tests.app.fake_engine import Fake, fake_client
-from xlora_core import Arm, RoutingKnobs, SamplingParams
+from xlora_core import AdapterOverride, Arm, RoutingKnobs, SamplingParams
 
 needs_node = pytest.mark.skipif(
     shutil.which("node") is None,
@@ -35,6 +35,9 @@ for (let t = 0; t < routing.nTokens; t++)
       out.push([routing.scaling(t, l, k), routing.effective(t, l, k), routing.isKept(t, l, k)]);
 console.log(JSON.stringify({ values: out, run: header.run_id, last: routing.knobs(1e9) }));
 """
+
+PINNED = AdapterOverride.pin("math", 1.5)
+MUTED_BY_MODULE = AdapterOverride.mute("python", "*.q_proj")
 
 
 def read_in_node(message: bytes, folder) -> dict:
@@ -78,6 +81,7 @@ def test_keys_of_the_header_are_pinned():
         "routed_arm",
         "run_id",
         "softmax",
+        "steered",
         "version",
     ]
     assert sorted(arrays) == [
@@ -133,8 +137,10 @@ def test_rerouted_says_so():
         {"knobs": {0: RoutingKnobs(), 3: RoutingKnobs(top_k=1, global_weight=1.5)}},
         {"enable_softmax": False},
         {"enable_softmax": False, "enable_softmax_topk": True, "knobs": {0: RoutingKnobs(top_k=2)}},
+        {"knobs": {2: RoutingKnobs(overrides=[PINNED]), 3: RoutingKnobs()}},
+        {"knobs": {3: RoutingKnobs(overrides=[MUTED_BY_MODULE])}, "layerwise": False},
     ],
-    ids=["knobs", "no-softmax", "softmax-topk"],
+    ids=["knobs", "no-softmax", "softmax-topk", "override", "shared-override-by-module"],
 )
 def test_planes_that_grow_row_by_row_are_those_of_the_whole(options):
     run = runs.run(**options)
@@ -148,6 +154,38 @@ def test_planes_that_grow_row_by_row_are_those_of_the_whole(options):
     for name, array in whole.arrays().items():
         assert grown.arrays()[name].dtype == array.dtype
         assert grown.arrays()[name] == pytest.approx(array), name
+
+
+def test_effective_scalings_under_overrides_are_a_plane_of_their_own():
+    """The browser cannot derive them: a pinned adapter acts whatever the router says."""
+    knobs = RoutingKnobs(top_k=1, overrides=[PINNED, AdapterOverride.mute("verse")])
+    run = runs.run()
+    header, arrays = payload.unpack(payload.message(run, version=1, live=False, knobs=knobs))
+    assert (header["effective"], header["steered"]) == ("plane", True)
+    low, high = header["effective_range"]
+    drawn = low + arrays["effective"] / 255 * (high - low)
+    assert drawn == pytest.approx(run.scalings(0, knobs, True), abs=(high - low) / 500)
+    assert drawn[:, :, 0] == pytest.approx(1.5, abs=0.01)
+    kept = (arrays["kept"][..., 0, None] >> np.arange(3)) & 1
+    assert (kept[:, :, 0] == 1).all()
+    assert (kept[:, :, 2] == 0).all()
+    plain, others = payload.unpack(payload.message(run, version=1, live=False))
+    assert (plain["effective"], plain["steered"]) == ("derived", False)
+    assert (arrays["scalings"] == others["scalings"]).all()
+
+
+def test_a_shared_router_has_rows_where_overrides_differ_by_module():
+    run = runs.run(layerwise=False)
+    knobs = RoutingKnobs(overrides=[MUTED_BY_MODULE])
+    header, arrays = payload.unpack(payload.message(run, version=1, live=False, knobs=knobs))
+    assert header["layerwise"]
+    assert arrays["scalings"].shape == (5, 4, 3)
+    assert (arrays["effective"][:, [0, 2], 1] == 0).all()
+    assert (arrays["effective"][:, [1, 3], 1] > 0).all()
+    everywhere = RoutingKnobs(overrides=[AdapterOverride.mute("python")])
+    header, arrays = payload.unpack(payload.message(run, version=1, live=False, knobs=everywhere))
+    assert not header["layerwise"]
+    assert arrays["effective"].shape == (5, 1, 3)
 
 
 def test_rows_that_stand_are_not_computed_again(monkeypatch):
@@ -179,6 +217,8 @@ def beginning(run, n_tokens):
     track = run.tracks[0]
     arrays = {name: array[:n_tokens] for name, array in track.arrays().items()}
     arrays |= {"pieces": track.pieces[:n_tokens], "n_prompt": min(track.n_prompt, n_tokens)}
+    n_sets = int(arrays["override_set"].max())
+    arrays |= {"override_sets": track.override_sets[:n_sets]}
     return replace(run, tracks=[replace(track, **arrays, finish_reason=None)])
 
 

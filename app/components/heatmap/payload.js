@@ -51,6 +51,12 @@ class Routing {
     return ((byte >> (k & 7)) & 1) === 1;
   }
 
+  /** Why an adapter is present but does not act, in a word and in words. */
+  get off() {
+    if (this.header.steered) return { word: "off", why: "cut by top-k or muted" };
+    return { word: "cut", why: "cut by top-k" };
+  }
+
   scaling(t, l, k) {
     const [low, high] = this.header.range;
     return low + (this.planes.scalings.data[this.index(t, l, k)] / 255) * (high - low);

@@ -102,6 +102,7 @@ def message(
         "knob_changes": [],
         "knobs": [],
         "effective": "none",
+        "steered": False,
     }
     if arm is None:
         return pack(header, {})
@@ -110,13 +111,14 @@ def message(
     header["range"] = planes.range
     header["effective_range"] = planes.effective_range
     header["effective"] = "derived" if planes.derived else "plane"
+    header["layerwise"] = planes.per_module
+    header["steered"] = bool(frames.overrides(run, arm, knobs))
     if knobs is None:
         changes = frames.knob_changes(run, arm)
         header["knobs"] = [(t, label) for t, _, label in changes]
         header["knob_changes"] = [(t, changed) for t, changed, _ in changes[1:]]
     else:
-        texts = frames.knob_texts(knobs.top_k or 0, knobs.temperature, knobs.global_weight)
-        header["knobs"] = [(0, " · ".join(texts))]
+        header["knobs"] = [(0, " · ".join(frames.knob_texts(knobs)))]
     return pack(header, planes.arrays())
 
 

@@ -33,21 +33,23 @@ class Planes:
         range: Colour range of the scalings.
         effective_range: Colour range of the effective scalings.
         derived: The browser computes the effective scalings from the others (half the bytes);
-            otherwise they are a plane of their own.
+            otherwise, as with overrides, they are a plane of their own.
+        per_module: There is a row per module; otherwise all modules have the same.
     """
 
     def __init__(self) -> None:
-        self._forget("")
+        self._run_id = ""
+        self.range: Range = (0.0, 1.0)
+        self.effective_range: Range = (0.0, 1.0)
+        self.derived = True
+        self.per_module = False
+        self._forget_rows()
 
-    def _forget(self, run_id: str) -> None:
-        self._run_id = run_id
+    def _forget_rows(self) -> None:
         self._rows: dict[str, NDArray[Any]] = {}
         self._present: NDArray[np.uint8] | None = None
         self._any_cut = False
         self.n_rows = 0
-        self.range: Range = (0.0, 1.0)
-        self.effective_range: Range = (0.0, 1.0)
-        self.derived = True
 
     def read(self, run: Run, arm: int, knobs: RoutingKnobs | None = None) -> None:
         """Takes what the arm has recorded since the last time.
@@ -58,18 +60,23 @@ class Planes:
             knobs: Route the recorded logits with these; always the same for one ``Planes``.
         """
         n_routed = run.tracks[arm].n_routed
+        derived = not (run.header.enable_softmax_topk or frames.overrides(run, arm, knobs))
+        per_module = frames.differs_by_module(run, arm, knobs)
         if run.header.run_id != self._run_id or n_routed < self.n_rows:
-            self._forget(run.header.run_id)
+            self._run_id = run.header.run_id
+            self.range = self.effective_range = (0.0, 1.0)
+            self._forget_rows()
+        if (derived, per_module) != (self.derived, self.per_module):
+            # The run's first override: its effective scalings need a plane, its modules rows.
+            self.derived, self.per_module = derived, per_module
+            self._forget_rows()
         if n_routed == self.n_rows and self._rows:
             return
         drawn = self._new_rows(run, arm, knobs)
         if not self._widen(drawn, run.header.enable_softmax) and self.n_rows:
             # Codes of the old range mean other values now.
-            ranges = self.range, self.effective_range
-            self._forget(run.header.run_id)
-            self.range, self.effective_range = ranges
+            self._forget_rows()
             drawn = self._new_rows(run, arm, knobs)
-        self.derived = not run.header.enable_softmax_topk
         self._append(drawn)
 
     def arrays(self) -> dict[str, NDArray[Any]]:

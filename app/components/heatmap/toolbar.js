@@ -188,7 +188,7 @@ class Toolbar {
       items.push(make("span", "formula", `faint: leads with just over ${most} · full: has all`));
     } else {
       items.push(this.ramp(plot.scale));
-      if (prefs.effective && routing.planes.kept) items.push(key("cut", "cut by top-k"));
+      if (prefs.effective && routing.planes.kept) items.push(key("cut", routing.off.why));
       const absent = routing.planes.present.data.some((flag) => flag === 0);
       if (absent) items.push(key("absent", "adapter absent"));
       if (!routing.header.softmax) {

@@ -101,7 +101,8 @@ function describeCell(view, t, l) {
       return { value: 0, text: `${signed(raw)} → absent here`, state: "off" };
     }
     if (!routing.isKept(t, l, k)) {
-      return { value: prefs.effective ? 0 : raw, text: `${signed(raw)} → cut`, state: "off" };
+      const text = `${signed(raw)} → ${routing.off.word}`;
+      return { value: prefs.effective ? 0 : raw, text, state: "off" };
     }
     const same = Math.abs(raw - effective) < 0.005;
     const text = same ? signed(raw) : `${signed(raw)} → ${signed(effective)}`;
@@ -138,7 +139,7 @@ function speakCell(view, t, l) {
   const { header } = routing;
   const values = header.adapters.map((name, k) => {
     if (!routing.isPresent(l, k)) return `${name} absent`;
-    if (!routing.isKept(t, l, k)) return `${name} cut by top-k`;
+    if (!routing.isKept(t, l, k)) return `${name} ${routing.off.why}`;
     return `${name} ${signed(routing.value(t, l, k, prefs.effective))}`;
   });
   const token = visibleText(pieceAt(header, header.routed_arm, t));
