@@ -82,7 +82,12 @@ def check_known_names(
     if unknown:
         raise CheckpointError(
             f"{folder}: no adapter named {', '.join(map(repr, unknown))} in this checkpoint",
-            hint=f"its adapters are {', '.join(names)}",
+            hint=f"its adapters are {', '.join(names)}"
+            + (
+                f"; to name them, give all {len(names)} folders, in this order"
+                if all(name.isdecimal() for name in names)
+                else ""
+            ),
         )
 
 

@@ -28,6 +28,7 @@ def checkpoint_report(checkpoint: Checkpoint, *, name: str) -> dict[str, Any]:
 
     config = checkpoint.config.to_dict()
     folders = config.pop("adapters")
+    del config["adapter_overrides"]
     names = checkpoint.layer_names
     return {
         "checkpoint": name,
@@ -37,6 +38,7 @@ def checkpoint_report(checkpoint: Checkpoint, *, name: str) -> dict[str, Any]:
         "n_modules": n_lora_layers(checkpoint),
         "modules": None if names is None else list(names),
         "config": config,
+        "overrides": [override.label for override in checkpoint.config.adapter_overrides],
         "adapters": [
             {
                 "name": adapter.name,
@@ -63,7 +65,7 @@ def print_checkpoint(report: dict[str, Any], *, with_modules: bool) -> None:
         "checkpoint": f"{report['checkpoint']} ({LAYOUT_NAMES[report['layout']]})",
         "base": "not stored" if base is None else ", ".join(f"{k} {v}" for k, v in base.items()),
         "router": router_words(config, report["n_router_parameters"]),
-        "routing": routing_words(config),
+        "routing": ", ".join([routing_words(config), *report["overrides"]]),
         "modules": count + names,
         "adapters": f"{len(report['adapters'])}:",
     }
