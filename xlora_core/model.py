@@ -289,7 +289,9 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
             self.check_cache(past_key_values)
         knobs = self.check_knobs(knobs or self.default_knobs)
         if use_cache is None:
-            use_cache = not self.training and self._caches_by_default()
+            # BART warns of a cache beside labels: who gives them wants a loss, not the next token.
+            for_loss = self.training or (self.is_encoder_decoder and labels is not None)
+            use_cache = not for_loss and self._caches_by_default()
         if use_cache and self.training and self.base_model.is_activation_checkpointing:
             # The layers would drop the cache, and the next token see none of the text before it.
             raise ModelError(

@@ -4,8 +4,8 @@ The encoder's modules follow the source's tokens, the decoder's the target's; th
 that read the encoder's output (keys and values of cross-attention) follow the source's.
 """
 
+from xlora_core.encoder_decoder.base import check_base
 from xlora_core.encoder_decoder.output import XLoraEncoderOutput
 from xlora_core.encoder_decoder.passes import XLoraEncoderDecoder
-from xlora_core.encoder_decoder.sides import check_base
 
 __all__ = ["XLoraEncoderDecoder", "XLoraEncoderOutput", "check_base"]

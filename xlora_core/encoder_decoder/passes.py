@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -12,29 +11,23 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from xlora_core.config import RoutingKnobs
+from xlora_core.encoder_decoder.base import (
+    has_target,
+    is_encoder_decoder,
+    of_encoder,
+    run_encoder,
+    run_without_head,
+)
 from xlora_core.encoder_decoder.output import XLoraEncoderOutput
 from xlora_core.encoder_decoder.sides import (
     DecoderSides,
     TwoSidedScalings,
     find_sides,
-    is_encoder_decoder,
 )
 from xlora_core.errors import ModelError
 from xlora_core.layers import ModuleScalings, TokenScalings
 from xlora_core.passes import HEAD_ARGUMENTS, ScalingPassOutput, XLoraPasses, accepted
 from xlora_core.scalings_log import LogEntry, ScalingsLog
-
-# Arguments of an encoder-decoder's forward that are none of its encoder's.
-# Source: transformers 5.23, ``_prepare_text_encoder_decoder_kwargs_for_generation``.
-_NOT_THE_ENCODERS = (
-    "cross_attn",
-    "decoder_",
-    "encoder_outputs",
-    "labels",
-    "logits_to_keep",
-    "past_key_values",
-    "use_cache",
-)
 
 
 class XLoraEncoderDecoder(XLoraPasses):
@@ -152,7 +145,7 @@ class XLoraEncoderDecoder(XLoraPasses):
     def _encode(self, inputs: Mapping[str, Any], scalings: ModuleScalings | None) -> dict[str, Any]:
         """Returns the encoder's output under given scalings, field by field."""
         with self._held(scalings):
-            output = self._run_encoder(inputs)
+            output = run_encoder(self.base_model, inputs)
         fields = ("last_hidden_state", "hidden_states", "attentions")
         return {name: getattr(output, name, None) for name in fields}
 
@@ -160,21 +153,10 @@ class XLoraEncoderDecoder(XLoraPasses):
     def _scaling_source(self, knobs: RoutingKnobs | None, inputs: Mapping[str, Any]) -> Tensor:
         """Returns the encoder's last hidden state ``[B, S, H]`` in the scaling pass."""
         with self.active_scalings.hold(self._constant_scalings(knobs)):
-            hidden: Tensor = self._run_encoder(
-                {k: v for k, v in inputs.items() if k not in HEAD_ARGUMENTS}
+            hidden: Tensor = run_encoder(
+                self.base_model, {k: v for k, v in inputs.items() if k not in HEAD_ARGUMENTS}
             ).last_hidden_state
         return hidden
-
-    def _run_encoder(self, inputs: Mapping[str, Any]) -> Any:
-        encoder = self.base_model.get_encoder()
-        parameters = inspect.signature(encoder.forward).parameters
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        taken = {
-            name: value
-            for name, value in inputs.items()
-            if value is not None and (takes_any or name in parameters)
-        }
-        return encoder(**taken | {"return_dict": True})
 
     # ---------------------------------------------------------------- source and target
 
@@ -187,7 +169,7 @@ class XLoraEncoderDecoder(XLoraPasses):
         inputs = self._with_decoder_inputs(inputs, labels)
         source = inputs.get("encoder_outputs")
         if source is None:
-            source = self.encode(knobs=knobs, **_of_encoder(inputs))
+            source = self.encode(knobs=knobs, **of_encoder(inputs))
         self._check_source(source)
         return inputs | {"encoder_outputs": source}
 
@@ -196,7 +178,7 @@ class XLoraEncoderDecoder(XLoraPasses):
     ) -> dict[str, Any]:
         """Returns the inputs with the decoder's, which the base model makes of the labels."""
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        if labels is None or _has_target(inputs):
+        if labels is None or has_target(inputs):
             return inputs
         shift = getattr(self.base_model, "prepare_decoder_input_ids_from_labels", None)
         # Some models do it in their forward alone, the scaling pass then needs the labels too.
@@ -223,19 +205,20 @@ class XLoraEncoderDecoder(XLoraPasses):
         if not self.is_encoder_decoder:
             return super()._scaling_hidden(knobs, inputs, with_lm_logits)
         self._check_not_merged()
-        model, backbone = self.base_model, self.base_model.base_model
-        # Without the decoder's inputs only the whole model knows how to make them.
-        whole = with_lm_logits or backbone is model or not _has_target(inputs)
-        dropped = HEAD_ARGUMENTS if _has_target(inputs) else HEAD_ARGUMENTS - {"labels"}
         source = inputs["encoder_outputs"].scaling_hidden_state
+        with_target = has_target(inputs)
+        dropped = HEAD_ARGUMENTS if with_target else HEAD_ARGUMENTS - {"labels"}
         inputs = {k: v for k, v in inputs.items() if v is not None and k not in dropped} | {
             "encoder_outputs": BaseModelOutput(last_hidden_state=source),
             "return_dict": True,
         }
         with self.active_scalings.hold(self._constant_scalings(knobs)):
-            if not whole:
-                return backbone(**accepted(backbone, inputs)).last_hidden_state, None
-            output = model(**accepted(model, inputs), output_hidden_states=True)
+            # Without the decoder's inputs only the whole model knows how to make them.
+            if with_target and not with_lm_logits:
+                headless = run_without_head(self.base_model, inputs)
+                if headless is not None:
+                    return headless.last_hidden_state, None
+            output = self.base_model(**accepted(self.base_model, inputs), output_hidden_states=True)
         lm_logits = output.logits[:, -1:] if with_lm_logits else None
         return output.decoder_hidden_states[-1], lm_logits
 
@@ -261,7 +244,7 @@ class XLoraEncoderDecoder(XLoraPasses):
         inputs = self._with_decoder_inputs(inputs, inputs.get("labels"))
         source = inputs.get("encoder_outputs")
         if source is None:
-            hidden = self._scaling_source(knobs, _of_encoder(inputs))
+            hidden = self._scaling_source(knobs, of_encoder(inputs))
             source = XLoraEncoderOutput(scaling_hidden_state=hidden)
         else:
             self._check_source(source)
@@ -300,7 +283,7 @@ class XLoraEncoderDecoder(XLoraPasses):
                 encoder_scalings = _scalings_of_source(source, scalings)
             held = self._two_sided(scalings, encoder_scalings, source, inputs)
         if source is None:
-            encoded = self._encode(_of_encoder(inputs), held and held.source)
+            encoded = self._encode(of_encoder(inputs), held and held.source)
             source = XLoraEncoderOutput(**encoded)
         if isinstance(source, XLoraEncoderOutput):
             source = source.main()
@@ -340,17 +323,6 @@ class _TwoPassEncoder:
         return self.forward(
             **dict(zip(("input_ids", "attention_mask"), args, strict=False)), **kwargs
         )
-
-
-def _of_encoder(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those of a model's arguments that its encoder takes."""
-    return {k: v for k, v in inputs.items() if not k.startswith(_NOT_THE_ENCODERS)}
-
-
-def _has_target(inputs: Mapping[str, Any]) -> bool:
-    """Returns whether the decoder's inputs are among a model's arguments."""
-    names = ("decoder_input_ids", "decoder_inputs_embeds")
-    return any(inputs.get(name) is not None for name in names)
 
 
 def _scalings_of_source(source: Any, scalings: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from xlora_core.config import XLoraConfig
-from xlora_core.errors import ConfigError, ModelError
+from xlora_core.encoder_decoder.base import encoder_width
+from xlora_core.errors import ModelError
 from xlora_core.layers import ActiveScalings, TokenScalings, XLoraLayer
 
 # Sizes of the trial: no two of them, nor any product of them, are alike.
@@ -167,7 +166,7 @@ def find_sides(
 def _trial_inputs(base_model: Any) -> dict[str, Any]:
     place = {"device": base_model.device}
     hidden = torch.zeros(
-        _BATCH, _SOURCE, _encoder_width(base_model), dtype=base_model.dtype, **place
+        _BATCH, _SOURCE, encoder_width(base_model), dtype=base_model.dtype, **place
     )
     return {
         "encoder_outputs": BaseModelOutput(last_hidden_state=hidden),
@@ -175,45 +174,6 @@ def _trial_inputs(base_model: Any) -> dict[str, Any]:
         "decoder_input_ids": torch.zeros(_BATCH, _TARGET, dtype=torch.int64, **place),
         "use_cache": False,
     }
-
-
-def is_encoder_decoder(base_model: Any) -> bool:
-    """Returns whether a Hugging Face model reads a source and writes a target."""
-    # The encoder of such a model, taken alone, keeps the config of the whole.
-    forward = inspect.signature(type(base_model).forward).parameters
-    return bool(base_model.config.is_encoder_decoder) and "decoder_input_ids" in forward
-
-
-def check_base(base_model: Any, config: XLoraConfig) -> None:
-    """Raises if X-LoRA cannot route an encoder-decoder; every other model passes.
-
-    Args:
-        base_model: As it is loaded.
-        config: ``hidden_size`` is the decoder's.
-
-    Raises:
-        ModelError: If encoder and decoder differ in width.
-        ConfigError: If the router is per layer.
-    """
-    if not is_encoder_decoder(base_model):
-        return
-    name, width = type(base_model).__name__, _encoder_width(base_model)
-    if width != config.hidden_size:
-        raise ModelError(
-            f"the encoder of {name} is {width} wide, its decoder {config.hidden_size}; the "
-            "classifier reads both, so they must agree",
-            hint="X-LoRA needs an encoder and a decoder with one hidden size",
-        )
-    if config.router == "per_layer":
-        raise ConfigError(
-            f"router is 'per_layer', but {name} is an encoder-decoder",
-            hint="use router='classifier'; per-layer gates serve decoders and encoders",
-        )
-
-
-def _encoder_width(base_model: Any) -> int:
-    """Returns H, the size of the encoder's last hidden state."""
-    return int(base_model.get_encoder().config.get_text_config().hidden_size)
 
 
 def _side(layer: XLoraLayer, backbone: set[nn.Module], shapes: _TokenShapes) -> Side | None:
