@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from tests.tiny_chat import tiny_chat_base, write_chat_experts
 from tests.tiny_models import tiny_base, write_experts
 from xlora_core.config import XLoraConfig
 from xlora_core.model import XLoraModel
@@ -30,6 +31,20 @@ def gated_xlora(
         ),
     )
     randomise_gates(model, gate_scale)
+    return model.eval()
+
+
+def gated_chat(folder: Path, family: str = "llama", **config: object) -> XLoraModel:
+    """Returns such a model with the vocabulary of ``tiny_tokenizer``."""
+    model = XLoraModel.from_base(
+        tiny_chat_base(family),
+        XLoraConfig(
+            adapters=write_chat_experts(folder, family),
+            router="per_layer",
+            **config,  # type: ignore[arg-type]  # config is XLoraConfig's
+        ),
+    )
+    randomise_gates(model)
     return model.eval()
 
 

@@ -11,6 +11,8 @@ def draw(card: ModelCard) -> None:
     """Draws the model's facts."""
     experts = len(card.adapter_names)
     mixing = "one mixture per module" if card.config.layerwise_scalings else "one mixture for all"
+    if card.config.router == "per_layer":
+        mixing = "each with a gate of its own"
     facts = [
         f"**{card.model_id}**",
         f"{card.n_modules} adapted modules, {mixing}",

@@ -20,6 +20,10 @@ PARTLY = (
     " This model's adapters also act in the scaling pass, so with another top-k or weight the "
     "router itself would have answered differently."
 )
+PER_LAYER = (
+    " This model's layers route themselves by what reaches them, so beyond the first module this "
+    "is an approximation."
+)
 
 _LOG = logging.getLogger("xlora.app")
 
@@ -54,10 +58,17 @@ def plain(text: str) -> str:
     return escaped.replace("\n", "  \n")
 
 
+def _reservation(run: Run) -> str:
+    """Returns why other knobs on a recording may not tell what the model would have done."""
+    if run.header.router == "per_layer":
+        return PER_LAYER
+    return PARTLY if run.header.scaling_pass_value else ""
+
+
 def rerouted(client: EngineClient, run: Run) -> None:
     """Says that the picture shows other knobs than the text was written under."""
     same_model = tuple(run.header.adapter_names) == client.card.adapter_names
-    text = REROUTED + (PARTLY if run.header.scaling_pass_value else "")
+    text = REROUTED + _reservation(run)
     with st.container(horizontal=True, vertical_alignment="center"):
         st.warning(text, icon=":material/alt_route:")
         st.button(

@@ -108,7 +108,7 @@ def model_report(model: XLoraModel, *, name: str) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "device": str(base.device),
         "context_length": model.context_length,
-        "n_router_parameters": sum(p.numel() for p in model.classifier.parameters()),
+        "n_router_parameters": sum(p.numel() for p in model.router.parameters()),
         "config": config,
         "overrides": [override.label for override in model.get_adapter_overrides()],
         "adapters": [_adapter_report(adapter, modules) for adapter in model.adapter_names],
