@@ -27,18 +27,25 @@ from xlora_core.training.data import collate
 from xlora_core.training.router import (
     RouterTrainer,
     fresh_model,
+    routed_call,
     router_examples,
-    router_logits_of,
     train_router,
 )
 from xlora_core.training.trainer import learning_rate_share
 
-CLASSIFIER = {"classifier.layers.0.weight", "classifier.layers.0.bias"}
+ROUTERS = ["classifier", "per_layer"]
 
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return write_experts(tmp_path_factory.mktemp("experts"))
+
+
+def routers_of(model: XLoraModel) -> set[str]:
+    name = "gates" if model.is_routed_per_layer else "classifier"
+    names = {f"{name}.{n}" for n, _ in model.router.named_parameters()}
+    assert len(names) == (2 * len(model.lora_layers) if model.is_routed_per_layer else 2)
+    return names
 
 
 def trainer_of(model: XLoraModel, folder: Path, settings: RouterTrainConfig) -> RouterTrainer:
@@ -79,29 +86,32 @@ def test_the_loss_of_a_pass_is_the_models_own(tmp_path: Path) -> None:
     assert answers.domains.tolist() == [0] * len(answers.losses)
 
 
-def test_the_observed_logits_are_those_of_the_call(tmp_path: Path) -> None:
-    model = tiny_xlora(tmp_path)
+@pytest.mark.parametrize("router", ["classifier", "per_layer"])
+def test_a_routed_call_gives_the_router_logits_of_that_call(tmp_path: Path, router: str) -> None:
+    model = fresh_model(tiny_base(), write_experts(tmp_path), replace(ROUTER, router=router))
+    for parameter in model.router.parameters():
+        torch.nn.init.normal_(parameter)
     ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
-    with router_logits_of(model) as observed:
-        model(input_ids=ids)
-    expected = model.scaling_pass(input_ids=ids).router_logits
-    torch.testing.assert_close(observed(ids), expected)
-    assert observed(ids).requires_grad
-    model(input_ids=ids[:1])
-    assert observed(ids).shape[0] == 2  # it listens no longer
+    logits, router_logits = routed_call(model, input_ids=ids, use_cache=False)
+    assert torch.equal(logits, model(input_ids=ids, use_cache=False).logits)
+    torch.testing.assert_close(router_logits, model.read_router(input_ids=ids))
+    router_logits.sum().backward()
+    assert all(p.grad is not None for p in model.router.parameters())
 
 
-def test_training_lowers_the_loss_and_changes_the_classifier_only(
-    adapters: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize("router", ROUTERS)
+def test_training_lowers_the_loss_and_changes_the_router_only(
+    adapters: dict[str, str], tmp_path: Path, router: str
 ) -> None:
-    model = fresh_model(tiny_base(), adapters, ROUTER)
+    settings = replace(ROUTER, router=router)
+    model = fresh_model(tiny_base(), adapters, settings)
     model.base_model.config.use_cache = True
     before = weights_of(model)
-    log = train_router(model, PAD, examples(), examples(4), tmp_path / "out", ROUTER)
+    log = train_router(model, PAD, examples(), examples(4), tmp_path / "out", settings)
     assert log.heldout_loss[-1][1] < log.heldout_loss[0][1] - 0.01
     assert [step for step, _ in log.heldout_loss] == [0, 3, 6]
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
-    assert changed == CLASSIFIER
+    assert changed == routers_of(model)
     assert not model.training
     assert model.base_model.config.use_cache  # the trainer would switch it off for good
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -115,17 +125,18 @@ def test_training_lowers_the_loss_and_changes_the_classifier_only(
     assert figures["entropy"] < log.heldout_routing[0][1]["entropy"] == 1
 
 
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("train_adapters", [False, True])
 def test_what_was_trained_is_read_back(
-    adapters: dict[str, str], tmp_path: Path, train_adapters: bool
+    adapters: dict[str, str], tmp_path: Path, train_adapters: bool, router: str
 ) -> None:
-    settings = replace(ROUTER, train_adapters=train_adapters)
+    settings = replace(ROUTER, train_adapters=train_adapters, router=router)
     model = fresh_model(tiny_base(), adapters, settings)
     before = weights_of(model)
     train_router(model, PAD, examples(), [], tmp_path / "out", settings)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     experts = {n for n in before if n.endswith((".lora_A", ".lora_B"))}
-    assert changed == CLASSIFIER | (experts if train_adapters else set())
+    assert changed == routers_of(model) | (experts if train_adapters else set())
     again = XLoraModel.from_pretrained(tiny_base(), tmp_path / "out")
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
@@ -146,12 +157,14 @@ def test_accumulation_of_two_times_four_rows_is_one_pass_of_eight(
         torch.testing.assert_close(halves[name], gradient, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("train_adapters", [False, True])
 @pytest.mark.parametrize("mode", ["reentrant", "non-reentrant"])
 def test_gradient_checkpointing_trains_to_the_same_weights(
-    adapters: dict[str, str], tmp_path: Path, mode: str, train_adapters: bool
+    adapters: dict[str, str], tmp_path: Path, mode: str, train_adapters: bool, router: str
 ) -> None:
-    settings = replace(ROUTER, depth=2, size=8, train_adapters=train_adapters, learning_rate=1e-2)
+    shape = replace(ROUTER, depth=2, size=8, steps=3, learning_rate=1e-2, router=router)
+    settings = replace(shape, train_adapters=train_adapters)
     trained = []
     for name in ("off", mode):
         torch.manual_seed(0)
@@ -171,10 +184,14 @@ def test_gradient_checkpointing_trains_to_the_same_weights(
         )
         assert not model.base_model.is_activation_checkpointing
         # Scaling pass, main pass; and once more inside backward if it recomputes.
-        assert len(calls) == settings.steps * (2 if name == "off" else 3)
+        passes = (1 if router == "per_layer" else 2) + (name != "off")
+        assert len(calls) == settings.steps * passes
         trained.append(weights_of(model))
     moved = {n for n in before if not torch.equal(trained[0][n], before[n])}
-    assert "classifier.layers.0.weight" in moved
+    assert moved >= {
+        f"{'gates' if router == 'per_layer' else 'classifier'}.{n}"
+        for n, _ in model.router.named_parameters()
+    }
     for weight in moved:
         torch.testing.assert_close(trained[1][weight], trained[0][weight], rtol=1e-7, atol=1e-9)
 
@@ -236,10 +253,12 @@ def test_the_balance_loss_evens_out_a_router(adapters: dict[str, str], tmp_path:
     assert evenness(10.0) > evenness(0.0) + 0.02
 
 
+@pytest.mark.parametrize("router", ROUTERS)
 def test_the_label_loss_teaches_which_expert_is_meant(
-    adapters: dict[str, str], tmp_path: Path
+    adapters: dict[str, str], tmp_path: Path, router: str
 ) -> None:
-    settings = replace(ROUTER, label_loss=5.0, steps=20, learning_rate=0.05, eval_every=20)
+    long = replace(ROUTER, steps=20, learning_rate=0.05, eval_every=20)
+    settings = replace(long, label_loss=5.0, router=router)
     model = fresh_model(tiny_base(), adapters, settings)
     log = train_router(model, PAD, examples(domain="2"), examples(4, "2"), tmp_path / "a", settings)
     assert log.heldout_routing[-1][1]["right_top"] > 0.95
@@ -258,6 +277,17 @@ def test_auxiliary_losses_need_scalings_that_sum_to_one(
     model = XLoraModel.from_base(tiny_base(), config)
     with pytest.raises(ConfigError, match="need scalings that sum to 1"):
         train_router(model, PAD, examples(), [], tmp_path, replace(ROUTER, label_loss=1.0))
+
+
+def test_auxiliary_losses_of_gates_need_a_gradient(
+    adapters: dict[str, str], tmp_path: Path
+) -> None:
+    settings = replace(
+        ROUTER, router="per_layer", label_loss=1.0, gradient_checkpointing="reentrant"
+    )
+    model = fresh_model(tiny_base(), adapters, settings)
+    with pytest.raises(ConfigError, match="must be off or non-reentrant"):
+        train_router(model, PAD, examples(), [], tmp_path, settings)
 
 
 def test_nothing_to_train_is_an_error(adapters: dict[str, str], tmp_path: Path) -> None:

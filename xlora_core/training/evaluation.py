@@ -14,7 +14,7 @@ from xlora_core.training.data import NO_DOMAIN, Batch, Example, by_length, colla
 from xlora_core.training.losses import answer_columns, answer_positions, column_losses
 from xlora_core.training.metrics import RoutingSums
 from xlora_core.training.progress import Report, silent
-from xlora_core.training.router import router_logits_of
+from xlora_core.training.router import routed_call
 
 MIXED = "mixed"  # the group of rows whose domain changes midway
 
@@ -120,10 +120,9 @@ def _add_batch(model: XLoraModel, batch: Batch, sums: RoutingSums) -> dict[str, 
     for arm, scalings in arms.items():
         logits = model.main_pass(scalings=scalings, **inputs).logits
         losses[arm] = float(column_losses(logits, batch.labels, columns).sum())
-    with router_logits_of(model) as router_logits:
-        logits = model(**inputs).logits
+    logits, router_logits = routed_call(model, **inputs)
     losses["routed"] = float(column_losses(logits, batch.labels, columns).sum())
-    routed = model.route(router_logits(batch.labels))  # [B, T, L or 1, K]
+    routed = model.route(router_logits)  # [B, T, L or 1, K]
     sums.add(routed[rows, writers], right[rows, writers])
     return losses
 

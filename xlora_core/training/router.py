@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 from xlora_core.config import XLoraConfig
 from xlora_core.config.training import RouterTrainConfig
 from xlora_core.errors import ConfigError
-from xlora_core.gate import Gate
 from xlora_core.model import XLoraModel
 from xlora_core.routing import scalings_from_logits
 from xlora_core.training.data import Example, Row, encode_rows, mixed_examples
@@ -62,7 +60,7 @@ class RouterTrainer(AnswerTrainer):
         *,
         progress: Progress | None = None,
     ) -> None:
-        _check_auxiliary(model, settings)
+        _check_fits(model, settings)
         super().__init__(
             model,
             pad_id,
@@ -79,15 +77,15 @@ class RouterTrainer(AnswerTrainer):
         """Runs both passes; the logits of the answer tokens only."""
         labels = inputs["labels"]
         columns = answer_columns(labels)
-        with router_logits_of(self.model) as router_logits:
-            logits = self.model(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                logits_to_keep=columns,
-                use_cache=False,
-            ).logits
+        logits, router_logits = routed_call(
+            self.model,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            logits_to_keep=columns,
+            use_cache=False,
+        )
         rows, writers = answer_positions(labels).unbind(dim=1)
-        at_answers = router_logits(labels)[rows, writers]  # [N, L, K]
+        at_answers = router_logits[rows, writers]  # [N, L, K]
         return AnswerPass(
             losses=column_losses(logits, labels, columns),
             domains=inputs["domains"][rows, writers + 1],
@@ -233,46 +231,34 @@ def fresh_model(base: Any, adapters: Mapping[str, str], settings: RouterTrainCon
         router=settings.router,
     )
     model = XLoraModel.from_base(base, config)
-    if config.router == "classifier":
+    if not model.is_routed_per_layer:
         last = cast("nn.Linear", model.classifier.layers[-1])
         nn.init.zeros_(last.weight)
         nn.init.zeros_(last.bias)
     return model
 
 
-class _Observed:
-    """The router logits of one forward call of a model, as its router's modules returned them."""
+def routed_call(model: XLoraModel, **inputs: Any) -> tuple[Tensor, Tensor]:
+    """Runs the routed model.
 
-    def __init__(self) -> None:
-        self.logits: list[Tensor] = []
+    Args:
+        model: The model.
+        inputs: As of its forward; no cache.
 
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """Returns ``[B, T, L or 1, K]`` for tokens ``[B, T]``."""
-        if self.logits[0].ndim == 4:  # the classifier's
-            return self.logits[-1]
-        shape = (*tokens.shape, self.logits[0].shape[-1])
-        return torch.stack([of_gate.reshape(shape) for of_gate in self.logits], dim=-2)
-
-
-@contextlib.contextmanager
-def router_logits_of(model: XLoraModel) -> Iterator[_Observed]:
-    """Observes the router logits of a forward call, gradient included.
-
-    Yields:
-        Called after the forward call with its tokens ``[B, T]``: the logits ``[B, T, L or 1, K]``.
+    Returns:
+        The language model's logits, and the router logits ``[B, T, L or 1, K]`` of the same call,
+        with gradient.
     """
-    observed = _Observed()
-    gates = [module for module in model.modules() if isinstance(module, Gate)]
-    routers: list[nn.Module] = [*gates] or [model.classifier]
-    handles = [
-        router.register_forward_hook(lambda *call: observed.logits.append(call[-1]))
-        for router in routers
-    ]
+    if model.is_routed_per_layer:
+        gated = model.gated_pass(**inputs)
+        return gated.output.logits, gated.router_logits
+    observed: list[Tensor] = []
+    handle = model.classifier.register_forward_hook(lambda *call: observed.append(call[-1]))
     try:
-        yield observed
+        logits: Tensor = model(**inputs).logits
     finally:
-        for handle in handles:
-            handle.remove()
+        handle.remove()
+    return logits, observed[-1]
 
 
 def _scalings(model: XLoraModel, router_logits: Tensor) -> Tensor:
@@ -285,14 +271,20 @@ def _scalings(model: XLoraModel, router_logits: Tensor) -> Tensor:
     )
 
 
-def _check_auxiliary(model: XLoraModel, settings: RouterTrainConfig) -> None:
+def _check_fits(model: XLoraModel, settings: RouterTrainConfig) -> None:
+    if model.base_model.config.is_encoder_decoder:
+        raise ConfigError(
+            "routers are trained on decoder-only language models, "
+            f"{type(model.base_model).__name__} is an encoder-decoder",
+            hint="its forward takes labels: train it with transformers.Trainer itself",
+        )
     if not (settings.balance_loss or settings.label_loss):
         return
     config = model.config_xlora
     faults = []
     if not (config.enable_softmax or config.enable_softmax_topk):
         faults.append("balance_loss and label_loss need scalings that sum to 1: enable_softmax")
-    if config.router == "per_layer" and settings.gradient_checkpointing == "reentrant":
+    if model.is_routed_per_layer and settings.gradient_checkpointing == "reentrant":
         faults.append(
             "balance_loss and label_loss of a per-layer router get no gradient under reentrant "
             "gradient checkpointing: gradient_checkpointing must be off or non-reentrant"
