@@ -106,7 +106,7 @@ class XLoraPasses(XLoraControls, nn.Module):
             ``[B, T, L, K]``, or ``[B, T, 1, K]`` when one set serves all modules.
         """
         if self.is_routed_per_layer:
-            return self.gated_pass(knobs=knobs, **inputs).router_logits
+            return self.gated_pass(knobs=knobs, **{"logits_to_keep": 1} | inputs).router_logits
         return self.scaling_pass(knobs=knobs, **inputs).router_logits
 
     @torch.no_grad()

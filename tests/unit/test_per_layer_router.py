@@ -23,10 +23,12 @@ from xlora_core.checkpoint import read_checkpoint, write_original, write_peft
 from xlora_core.classifier import XLoraClassifier
 from xlora_core.config import AdapterOverride, RoutingKnobs, XLoraConfig
 from xlora_core.errors import CheckpointError, ConfigError, ModelError
+from xlora_core.freezing import approximation_loss, freeze_rows
 from xlora_core.gates import LayerGates
 from xlora_core.kv_cache import DualCache, GatedCache
 from xlora_core.layers import XLoraLayer
 from xlora_core.model import XLoraModel
+from xlora_core.training.data import IGNORE, Example
 
 FAMILIES = sorted(families())
 NEAR = {"atol": 1e-10, "rtol": 0}
@@ -583,3 +585,22 @@ def test_merging_leaves_a_plain_model(tmp_path: Path) -> None:
         torch.testing.assert_close(merged(input_ids=ids).logits, wanted, atol=1e-6, rtol=0)
     with pytest.raises(ModelError, match="was merged"):
         model(input_ids=ids)
+
+
+@torch.no_grad()
+def test_it_freezes_into_a_constant_mixture(model: XLoraModel) -> None:
+    """Merging's own measures work on it: the mean over texts, and what it loses."""
+    ids = tiny_prompt(batch=3)
+    rows = [
+        Example(input_ids=row, labels=[IGNORE, *row[1:]], domains=[""] * len(row))
+        for row in ids.tolist()
+    ]
+    frozen = freeze_rows(model, rows, tokens="all", name="texts")
+    scalings = model.route(model.read_router(input_ids=ids))
+    torch.testing.assert_close(frozen.weights, scalings.mean(dim=(0, 1)), **NEAR)
+    report = approximation_loss(model, frozen.weights, rows)
+    logits = logits_of(model, ids)[:, :-1].flatten(0, 1)
+    wanted = nn.functional.cross_entropy(logits, ids[:, 1:].flatten())
+    assert report.arms["routed"].cross_entropy == pytest.approx(float(wanted), abs=1e-9)
+    assert report.arms["routed"].kl == pytest.approx(0, abs=1e-9)
+    assert report.arms["frozen"].kl > 1e-3

@@ -142,13 +142,13 @@ def _targets(batch: Batch) -> Tensor:
 
 
 def _routed_logits(model: XLoraModel, batch: Batch, knobs: RoutingKnobs) -> Tensor:
-    scaling_pass = model.scaling_pass(
+    router_logits = model.read_router(
         knobs=knobs,
         input_ids=batch.input_ids,
         attention_mask=batch.attention_mask,
         use_cache=False,
     )
-    return _logits(model, batch, model.route(scaling_pass.router_logits, knobs))
+    return _logits(model, batch, model.route(router_logits, knobs))
 
 
 def _logits(model: XLoraModel, batch: Batch, scalings: Tensor | None) -> Tensor:

@@ -70,8 +70,8 @@ def freeze_rows(
 ) -> FrozenMixture:
     """Returns the mean effective scalings over given texts, per module.
 
-    Every token weighs the same, in a long row as in a short one. Only the scaling pass runs,
-    in evaluation mode.
+    Every token weighs the same, in a long row as in a short one. Only the pass that the router
+    needs is run, in evaluation mode.
 
     Args:
         model: The model.
@@ -90,12 +90,12 @@ def freeze_rows(
     n_tokens = 0
     with evaluation_mode(model):
         for batch in length_sorted_batches(examples, tokens_per_batch):
-            router_logits = model.scaling_pass(
+            router_logits = model.read_router(
                 knobs=knobs,
                 input_ids=batch.input_ids.to(model.device),
                 attention_mask=batch.attention_mask.to(model.device),
                 use_cache=False,
-            ).router_logits
+            )
             scalings = model.route(router_logits, knobs).cpu()  # [B, T, L or 1, K]
             kept = scalings[chosen(batch, tokens)].double()
             total += kept.sum(dim=0)
