@@ -172,6 +172,13 @@ def test_missing_adapters_may_be_given_and_ordered(tmp_path: Path) -> None:
     assert load(folder, adapters=given).adapter_names == ["verse", "code", "math"]
 
 
+def test_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_original_checkpoint(tmp_path / "xlora")
+    expected = logits(load(tmp_path / "xlora"))
+    monkeypatch.chdir(tmp_path)
+    assert torch.equal(logits(load(Path("xlora"))), expected)
+
+
 def test_experts_of_early_versions_lie_in_adapters(tmp_path: Path) -> None:
     folder = tmp_path / "xlora"
     write_original_checkpoint(folder)

@@ -86,6 +86,7 @@ def read_original_config(
     Adapters may be a list of names, a mapping name -> path, or missing. A folder of that name in
     the checkpoint comes before a stored path. Where they are missing, they are the folders with
     an adapter in them, "2" before "10"; or ``overrides``, in order, if these have other names.
+    Paths are relative to the checkpoint.
 
     Raises:
         CheckpointError: If the file is damaged; listing every unknown key, every contradiction
@@ -211,30 +212,33 @@ def _adapter_folders(
 ) -> dict[str, str] | None:
     """Returns name -> path in the classifier's order; None for something else than names."""
     if given is None:
-        found = _expert_folders(folder) or _expert_folders(folder / "adapters")
-        names = {path.name for path in found}
-        if overrides and not set(overrides) <= names:
+        found = _expert_folders(folder, "*") or _expert_folders(folder, "adapters/*")
+        if overrides and not set(overrides) <= set(found):
             return {name: str(path) for name, path in overrides.items()}
-        return {path.name: str(path) for path in found}
+        return found
     if isinstance(given, list):
         if not all(isinstance(name, str) for name in given) or len(set(given)) < len(given):
             return None
         given = dict.fromkeys(given, "")
     if not isinstance(given, dict) or not all(isinstance(path, str) for path in given.values()):
         return None
-    return {name: str(_expert_folder(folder, name, path)) for name, path in given.items()}
+    return {name: _expert_path(folder, name, path) for name, path in given.items()}
 
 
-def _expert_folder(folder: Path, name: str, stored: str) -> Path:
-    for place in (folder / name, folder / "adapters" / name):  # the second: early versions
-        if is_there(place / CONFIG_FILE):
+def _expert_path(folder: Path, name: str, stored: str) -> str:
+    for place in (name, f"adapters/{name}"):  # the second: early versions
+        if is_there(folder / place / CONFIG_FILE):
             return place
-    return folder / (stored or name)
+    return stored or name
 
 
-def _expert_folders(folder: Path) -> list[Path]:
-    found = [path.parent for path in folder.glob(f"*/{CONFIG_FILE}")]
-    return sorted(found, key=lambda path: _natural(path.name))
+def _expert_folders(folder: Path, pattern: str) -> dict[str, str]:
+    """Returns name -> path of the folders that hold an adapter, in natural order."""
+    found = [path.parent for path in folder.glob(f"{pattern}/{CONFIG_FILE}")]
+    return {
+        path.name: path.relative_to(folder).as_posix()
+        for path in sorted(found, key=lambda path: _natural(path.name))
+    }
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
