@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import Tensor
@@ -50,15 +51,29 @@ class XLoraGeneration(GenerationMixin):
         return bool(self.base_model.can_generate())
 
     def prepare_inputs_for_generation(
-        self, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,
+        encoder_outputs: Any = None,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """Returns the base model's inputs for the next step.
 
-        ``generate`` takes ``inputs_embeds`` only from models that name them here.
+        ``generate`` takes these two only from models that name them here.
         """
         if inputs_embeds is not None:
             kwargs["inputs_embeds"] = inputs_embeds
+        if encoder_outputs is not None:
+            kwargs["encoder_outputs"] = encoder_outputs
         return dict(self.base_model.prepare_inputs_for_generation(*args, **kwargs))
+
+    def _expand_inputs_for_generation(self, *args: Any, **kwargs: Any) -> Any:
+        """Repeats rows for beams, but not those of the caller's own encoder output."""
+        if kwargs.get("encoder_outputs") is not None:
+            kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
+        return super()._expand_inputs_for_generation(  # type: ignore[misc]  # typed for its own models
+            *args, **kwargs
+        )
 
     def _supports_logits_to_keep(self) -> bool:
         return bool(self.base_model._supports_logits_to_keep())  # noqa: SLF001  # as generate asks
