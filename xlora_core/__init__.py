@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from xlora_core.demo import load_model
     from xlora_core.engine import Engine
     from xlora_core.errors import XLoraError
+    from xlora_core.layer_adapters import LoraLayerAdapter, XLoraLayerAdapter
     from xlora_core.model import XLoraModel
     from xlora_core.recording import Run
 
@@ -17,11 +18,13 @@ __all__ = [
     "AdapterOverride",
     "Arm",
     "Engine",
+    "LoraLayerAdapter",
     "RoutingKnobs",
     "Run",
     "SamplingParams",
     "XLoraConfig",
     "XLoraError",
+    "XLoraLayerAdapter",
     "XLoraModel",
     "load_model",
 ]
@@ -31,11 +34,13 @@ _HOMES = {
     "AdapterOverride": "config",
     "Arm": "config",
     "Engine": "engine",
+    "LoraLayerAdapter": "layer_adapters",
     "RoutingKnobs": "config",
     "Run": "recording",
     "SamplingParams": "config",
     "XLoraConfig": "config",
     "XLoraError": "errors",
+    "XLoraLayerAdapter": "layer_adapters",
     "XLoraModel": "model",
     "load_model": "demo",
 }
