@@ -52,6 +52,7 @@ def live_peft(
     depth: int = 1,
     dropout: float = 0.2,
     layerwise: bool = True,
+    adapter_name: str = "default",
     **config: object,
 ) -> PeftModel:
     """Returns PEFT's model, in float64, with a classifier that routes visibly."""
@@ -65,7 +66,8 @@ def live_peft(
         layerwise_scalings=layerwise,
         **config,
     )
-    model = peft.get_peft_model(uncached(base or tiny_base(dtype=torch.float64)), settings)
+    base = uncached(base or tiny_base(dtype=torch.float64))
+    model = peft.get_peft_model(base, settings, adapter_name=adapter_name)
     torch.manual_seed(7)
     with torch.no_grad():
         for parameter in classifier_of(model).parameters():
@@ -163,6 +165,31 @@ def test_what_cannot_be_recovered_is_refused_by_name(
         "the experts' folders beside it"
     )
     assert "copy the folders 0, 1, ..." in caught.value.hint
+
+
+def test_a_model_of_another_name_has_its_experts_beside_it(tmp_path: Path) -> None:
+    model = live_peft(write_experts(tmp_path), adapter_name="router")
+    folder = save(model, tmp_path / "saved") / "router"
+    assert sorted(path.name for path in folder.parent.iterdir())[:3] == ["0", "1", "2"]
+    torch.testing.assert_close(logits(load(folder)), logits(model), **FLOAT64)
+    # Those of another checkpoint around it are not its own.
+    save(live_peft(write_experts(tmp_path)), tmp_path / "saved")
+    with pytest.raises(CheckpointError, match="layers.0.weight, layers.0.bias are neither in"):
+        load(folder)
+
+
+def test_relative_paths_may_be_of_the_current_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT takes them. In the checkpoint itself they come first."""
+    monkeypatch.chdir(tmp_path)
+    write_experts(tmp_path)
+    model = live_peft({str(i): f"expert-{i}" for i in range(3)})
+    folder = save(model, tmp_path / "saved")
+    torch.testing.assert_close(logits(load(folder)), logits(model), **FLOAT64)
+    monkeypatch.chdir(folder)
+    with pytest.raises(CheckpointError, match="3 of its 3 experts are not where"):
+        load(folder)
 
 
 def test_folders_of_another_save_do_not_help(tmp_path: Path) -> None:

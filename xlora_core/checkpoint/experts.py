@@ -75,20 +75,25 @@ def check_hash(folder: Path, name: str, path: Path, expected: object, *, header:
 
 
 def check_known_names(
-    folder: Path, overrides: Mapping[str, str | Path], names: Sequence[str]
+    folder: Path, overrides: Mapping[str, str | Path], names: Sequence[str], *, hint: str = ""
 ) -> None:
     """Raises ``CheckpointError`` if ``adapters=`` names an adapter that the checkpoint lacks."""
     unknown = sorted(set(overrides) - set(names))
     if unknown:
         raise CheckpointError(
             f"{folder}: no adapter named {', '.join(map(repr, unknown))} in this checkpoint",
-            hint=f"its adapters are {', '.join(names)}"
-            + (
-                f"; to name them, give all {len(names)} folders, in this order"
-                if all(name.isdecimal() for name in names)
-                else ""
-            ),
+            hint=f"its adapters are {', '.join(names)}{hint}",
         )
+
+
+def stored_place(folder: Path, stored: str) -> Path:
+    """Returns the place of an expert that a config names.
+
+    A relative path is one from the checkpoint's folder, where there is something; else it is from
+    the current directory, as PEFT takes it.
+    """
+    inside = folder / stored
+    return inside if is_there(inside) or not is_there(Path(stored)) else Path(stored)
 
 
 def renames_all(config: XLoraConfig, overrides: Mapping[str, str | Path]) -> bool:
@@ -106,7 +111,7 @@ def with_experts_from(
     """Returns a config whose adapter paths are folders that exist.
 
     Args:
-        folder: The checkpoint; relative paths in its config are relative to it.
+        folder: The checkpoint.
         config: As the checkpoint's file has it.
         overrides: Adapter name -> folder to read it from instead. If all the checkpoint's names
             are mere numbers, as many other names, in the classifier's order, rename the adapters.
@@ -117,9 +122,11 @@ def with_experts_from(
     stored = dict(config.adapters)
     if renames_all(config, overrides):
         return replace(config, adapters={name: str(path) for name, path in overrides.items()})
-    check_known_names(folder, overrides, list(stored))
+    are_numbers = all(name.isdecimal() for name in stored)
+    hint = f"; to name them, give all {len(stored)} folders, in this order" if are_numbers else ""
+    check_known_names(folder, overrides, list(stored), hint=hint)
     found = {
-        name: Path(overrides[name]) if name in overrides else folder / path
+        name: Path(overrides[name]) if name in overrides else stored_place(folder, path)
         for name, path in stored.items()
     }
     missing = {n: path for n, path in found.items() if n not in overrides and not is_there(path)}

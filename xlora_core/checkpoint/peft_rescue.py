@@ -24,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from xlora_core.adapters import CONFIG_FILE, KEY_PREFIX, WEIGHTS_FILE, LoraAdapter, read_adapter
+from xlora_core.checkpoint.experts import stored_place
 from xlora_core.checkpoint.files import read_router_tensors
 from xlora_core.checkpoint.linear_chain import linear_indices
 from xlora_core.config import XLoraConfig
@@ -88,7 +89,7 @@ def recover_lost_layers(
 
 def _stray_layer(folder: Path, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the layer that the folder of expert ``index`` holds by accident; {} if none."""
-    path = folder / str(index) / WEIGHTS_FILE
+    path = _folder_of_expert(folder, index) / WEIGHTS_FILE
     if not path.is_file():
         return {}
     strays = read_router_tensors(path, lambda key: key.startswith(CLASSIFIER_PREFIX))
@@ -104,6 +105,19 @@ def _stray_layer(folder: Path, index: int, tensors: Mapping[str, Tensor]) -> dic
         for part in _PARTS
         if f"layers.{part}" in by_name
     }
+
+
+def _folder_of_expert(folder: Path, index: int) -> Path:
+    """Returns the folder that PEFT saved for an expert, beside the router's files.
+
+    A model that is not called "default" is saved into a folder of its name, its experts next to
+    that folder; unless what is around it is a checkpoint itself, with experts of its own.
+    """
+    inside = folder / str(index)
+    around = folder.absolute().parent
+    if inside.is_dir() or (around / CONFIG_FILE).is_file():
+        return inside
+    return around / str(index)
 
 
 def recover_trained_experts(
@@ -127,13 +141,13 @@ def recover_trained_experts(
     for index, (name, stored) in enumerate(config.adapters.items()):
         if name in but_for:
             continue
-        saved = folder / str(index)
+        saved = _folder_of_expert(folder, index)
         try:
             trained = _trained_expert(name, saved)
         except AdapterError as error:
             faults.append(f"adapter {name!r}: {error.message}")
             continue
-        fault = _gap(trained, folder / stored, alone=len(config.adapters) == 1)
+        fault = _gap(trained, stored_place(folder, stored), alone=len(config.adapters) == 1)
         if fault:
             faults.append(f"adapter {name!r}: {saved} {fault}")
         recovered[name] = trained
