@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from peft.tuners.xlora.model import XLoraModel as PeftXLoraModel
 
 from tests.tiny_chat import tiny_chat_base, tiny_tokenizer
 from tests.tiny_models import write_lora
+from xlora_core.cli import main
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
 
@@ -77,22 +79,19 @@ def here_column(line: str) -> str | None:
     return code[1] if code else ""
 
 
-def steps(text: str) -> list[tuple[int, str]]:
-    """Returns (line number, code) of every table row and every python block, in order."""
-    found: list[tuple[int, str]] = []
-    block: list[str] | None = None
+def steps(text: str) -> list[tuple[int, str, str]]:
+    """Returns (line number, language, code) of every table row and every block, in order."""
+    found: list[tuple[int, str, str]] = []
+    language, block = "", []
     for number, line in enumerate(text.splitlines(), start=1):
         if line.startswith("```"):
-            if block is None:
-                block = [] if line == "```python" else ["# another language"]
-            else:
-                if block[:1] != ["# another language"]:
-                    found.append((number - len(block), "\n".join(block)))
-                block = None
-        elif block is not None:
+            if language:
+                found.append((number - len(block), language, "\n".join(block)))
+            language, block = ("" if language else line.removeprefix("```")), []
+        elif language:
             block.append(line)
         elif code := here_column(line):
-            found.append((number, code))
+            found.append((number, "python", code))
     return found
 
 
@@ -119,9 +118,14 @@ def test_every_line_runs(
     namespace: dict[str, Any] = {"__name__": "interop"}
     ran = steps(PAGE.read_text(encoding="utf-8"))
     assert len(ran) > 60
-    for line, code in ran:
-        # The line numbers of an error are those of the page.
-        exec(compile("\n" * (line - 1) + code, str(PAGE), "exec"), namespace)
+    for line, language, code in ran:
+        if language == "sh":
+            for command in code.splitlines():
+                program, *arguments = shlex.split(command)
+                assert (program, main(arguments)) == ("xlora", 0), command
+        else:
+            # The line numbers of an error are those of the page.
+            exec(compile("\n" * (line - 1) + code, str(PAGE), "exec"), namespace)
     assert "trainable params:" in capsys.readouterr().out
 
 
