@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from peft import PeftModel
 from torch import Tensor
 
+from tests.seq2seq_models import seq2seq_xlora, tiny_seq2seq, tokens
 from tests.task_models import TASKS, peft_experts, task_base
 from tests.tiny_models import families, tiny_base, tiny_prompt, tiny_xlora, write_lora
 from xlora_core import XLoraConfig, XLoraModel
@@ -86,6 +87,19 @@ def test_every_kind_of_model_and_module(tmp_path: Path, name: str, form: str) ->
         again = loaded("merged")
     torch.testing.assert_close(result(again(**inputs)), expected, **NEAR)
     assert (expected - result(loaded("base")(**inputs))).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("family", ["t5", "bart"])
+def test_an_encoder_decoder(tmp_path: Path, family: str) -> None:
+    """One set of weights for a module, whichever side's tokens it reads."""
+    model = seq2seq_xlora(tmp_path / "experts", family)
+    weights = random_weights(model)
+    save_merged_lora(model, tmp_path / "lora", weights)
+    inputs = {"input_ids": tokens(2, 7), "decoder_input_ids": tokens(2, 5, seed=1)}
+    expected = model.main_pass(scalings=weights, **inputs).logits
+    found = peft_over(tiny_seq2seq(family), tmp_path / "lora")(**inputs).logits
+    torch.testing.assert_close(found, expected, **NEAR)
+    assert (expected - tiny_seq2seq(family)(**inputs).logits).abs().max() > 1e-2
 
 
 @given(data=st.data())

@@ -9,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.gated_models import gated_xlora
 from tests.recorded_runs import ADAPTERS, ALL_ARMS, LAYERS, PRESENT, expected_scalings, make_run
+from tests.seq2seq_models import seq2seq_xlora
 from tests.tiny_chat import tiny_chat_xlora, tiny_tokenizer
 from tests.tiny_models import tiny_base, write_lora
 from xlora_core import Arm, Engine, RoutingKnobs, SamplingParams, XLoraConfig, XLoraModel
-from xlora_core.errors import ConfigError, PromptError
+from xlora_core.errors import ConfigError, ModelError, PromptError
 from xlora_core.freezing import (
     FrozenMixture,
     TokenChoice,
@@ -180,6 +182,30 @@ def test_a_run_and_its_text_freeze_alike(tmp_path: Path) -> None:
         torch.testing.assert_close(of_run.weights, of_text.weights, atol=2e-3, rtol=0)
         assert of_run.adapter_hashes == of_text.adapter_hashes
     assert of_run.weights.std(dim=0).min() > 0.01  # modules differ: it is no uniform mixture
+
+
+@torch.no_grad()
+def test_gates_of_each_layer_are_frozen_as_well(tmp_path: Path) -> None:
+    model = gated_xlora(tmp_path, dtype=torch.float64)
+    rows_ = [
+        Example(input_ids=ids, labels=ids, domains=[""] * len(ids)) for ids in ([5, 6, 7], [8])
+    ]
+    knobs = RoutingKnobs(top_k=2)
+    parts = []
+    for row in rows_:
+        logits = model.gated_pass(
+            input_ids=torch.tensor([row.input_ids]), knobs=knobs
+        ).router_logits
+        parts.append(model.route(logits, knobs)[0])
+    expected = torch.cat(parts).mean(dim=0)
+    frozen = freeze_rows(model, rows_, knobs=knobs)
+    torch.testing.assert_close(frozen.weights, expected, atol=1e-12, rtol=0)
+    assert frozen.weights.std(dim=0).min() > 0.01
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="reads a source and a target"):
+        freeze_rows(seq2seq_xlora(tmp_path, "t5"), rows(*TEXTS))
 
 
 def test_absent_experts_are_frozen_as_0(tmp_path: Path) -> None:

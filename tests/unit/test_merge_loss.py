@@ -9,9 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tests.gated_models import gated_xlora
+from tests.seq2seq_models import seq2seq_xlora
+from tests.task_models import peft_experts, task_base
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_lora
 from xlora_core import RoutingKnobs, XLoraConfig, XLoraModel
-from xlora_core.errors import ConfigError
+from xlora_core.errors import ConfigError, ModelError
 from xlora_core.freezing import (
     ApproximationReport,
     ArmLoss,
@@ -90,6 +93,15 @@ def test_every_arm_is_what_the_long_way_finds(
     assert report.arms["routed"].agreement == 1
     assert 0.01 < report.arms["frozen"].kl < report.arms["base"].kl
     assert 0 < report.arms["base"].agreement < 1
+
+
+def test_a_model_that_routes_per_layer(tmp_path: Path) -> None:
+    model = gated_xlora(tmp_path, dtype=torch.float64)
+    rows = examples(9, 5, 12)
+    report = approximation_loss(model, [0.5, 0.25, 0.25], rows)
+    weights = torch.tensor([0.5, 0.25, 0.25]).double()
+    assert_near(report.arms["frozen"], long_way(model, rows, weights, None))
+    assert report.arms["frozen"].kl > 0.01
 
 
 @pytest.mark.parametrize("tokens_per_batch", [1, 20, 10_000])
@@ -207,6 +219,15 @@ def test_what_cannot_be_compared_is_refused(model: XLoraModel) -> None:
         approximation_loss(model, [1.0], examples(5))
     with pytest.raises(ConfigError, match="top_k"):
         approximation_loss(model, None, examples(5), knobs=RoutingKnobs(top_k=4))
+
+
+def test_a_model_that_predicts_no_next_token_is_refused(tmp_path: Path) -> None:
+    name = "masked language model"
+    config = XLoraConfig(adapters=peft_experts(tmp_path, name, 1))
+    encoder = XLoraModel.from_base(task_base(name), config)
+    for model in (encoder, seq2seq_xlora(tmp_path / "t5", "t5")):
+        with pytest.raises(ModelError, match="so there is no loss to compare"):
+            approximation_loss(model, None, examples(5))
 
 
 def test_the_report_reads_well() -> None:

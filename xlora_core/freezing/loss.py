@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from xlora_core.adapters import LoraWeights
 from xlora_core.config import RoutingKnobs
-from xlora_core.errors import ConfigError
+from xlora_core.errors import ConfigError, ModelError
 from xlora_core.freezing.evaluation_mode import evaluation_mode
 from xlora_core.freezing.texts import length_sorted_batches
 from xlora_core.layers import XLoraLayer, adapted_layer_class
@@ -95,8 +95,15 @@ def approximation_loss(
         tokens_per_batch: Most positions of one forward call.
 
     Raises:
+        ModelError: If the model is no decoder-only language model.
         ConfigError: If the weights do not fit the model, or no token is labelled.
     """
+    if model.is_encoder_decoder or not model.base_model.can_generate():
+        raise ModelError(
+            f"{type(model.base_model).__name__} does not predict each token of a text from those "
+            "before it, so there is no loss to compare",
+            hint="merge without a report, and compare the outputs on your own task",
+        )
     knobs = model.check_knobs(knobs or model.default_knobs)
     names = model.adapter_names
     matrix = weight_matrix(weights, names, model.lora_layer_names).to(model.device)

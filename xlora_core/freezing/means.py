@@ -9,7 +9,7 @@ import torch
 
 from xlora_core.config import RoutingKnobs
 from xlora_core.engine.identity import adapter_fingerprints
-from xlora_core.errors import ConfigError
+from xlora_core.errors import ConfigError, ModelError
 from xlora_core.freezing.evaluation_mode import evaluation_mode
 from xlora_core.freezing.mixture import FrozenMixture
 from xlora_core.freezing.texts import TokenChoice, chosen, length_sorted_batches
@@ -24,6 +24,8 @@ def freeze_run(
     """Returns the mean effective scalings of a recorded run, per module. Needs no model.
 
     A token's scalings are those with which the model read it, as in ``run.bucketed("segment")``.
+    Where gates route per layer, other knobs than those of the run are exact for the first module
+    only, see ``Run.scalings``.
 
     Args:
         run: The run.
@@ -82,8 +84,14 @@ def freeze_rows(
         tokens_per_batch: Most positions of one forward call.
 
     Raises:
+        ModelError: If the model is an encoder-decoder.
         ConfigError: If there is no such token, or top-k is larger than K.
     """
+    if model.is_encoder_decoder:
+        raise ModelError(
+            f"{type(model.base_model).__name__} reads a source and a target, a text is one of both",
+            hint="average model.route(...) of its scaling pass yourself, and pass the weights",
+        )
     knobs = model.check_knobs(knobs or model.default_knobs)
     n_layers, n_adapters = len(model.lora_layer_names), len(model.adapter_names)
     total = torch.zeros(n_layers, n_adapters, dtype=torch.float64)
