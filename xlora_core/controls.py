@@ -155,7 +155,7 @@ class XLoraControls(AdapterSteering):
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Returns how many parameters learn, and how many there are in all."""
         assert isinstance(self, nn.Module)  # the model this is mixed into
-        counts = [(p.numel(), p.requires_grad) for p in self.parameters()]
+        counts = [(_n_weights(p), p.requires_grad) for p in self.parameters()]
         return sum(n for n, learns in counts if learns), sum(n for n, _ in counts)
 
     def print_trainable_parameters(self) -> None:
@@ -165,3 +165,12 @@ class XLoraControls(AdapterSteering):
             f"trainable params: {trainable:,d} || all params: {total:,d} || "
             f"trainable%: {100 * trainable / total:.4f}"
         )
+
+
+def _n_weights(parameter: nn.Parameter) -> int:
+    """Returns how many weights a parameter holds, packed or not.
+
+    Source: PEFT 0.21.2, ``get_nb_trainable_parameters``.
+    """
+    packed = type(parameter).__name__ == "Params4bit"  # of bitsandbytes: two weights in a byte
+    return parameter.numel() * (2 * parameter.element_size() if packed else 1)
