@@ -342,3 +342,30 @@ def test_c10_rows_of_a_batch_may_each_have_another_adapter(model: XLoraModel) ->
     for k in range(3):
         alone = model.main_pass(scalings=scalings[k, 0, 0], input_ids=prompt[k : k + 1]).logits
         torch.testing.assert_close(mixed[k : k + 1], alone, atol=1e-10, rtol=0)
+
+
+# ------------------------------------------------------------------ E: the rest
+
+
+@torch.no_grad()
+def test_e7_ids_may_be_given_by_position(model: XLoraModel) -> None:
+    prompt = tiny_prompt()
+    base = tiny_base(dtype=torch.float64)
+    base.config.use_cache = False
+    fields = {"hidden_size": 32, "adapters": dict(model.config_xlora.adapters)}
+    theirs = peft.get_peft_model(base, peft.XLoraConfig(**fields))  # without a task_type
+    with pytest.raises(TypeError, match="multiple values"):
+        theirs(prompt)
+    assert torch.equal(model(prompt).logits, model(input_ids=prompt).logits)
+
+
+def test_e9_an_expert_folder_that_peft_saved_inside_a_checkpoint_is_refused(
+    tmp_path: Path, model: XLoraModel, reference: Any
+) -> None:
+    """PEFT never comes back from loading one: it looks for ``model.`` in the keys for ever."""
+    reference.save_pretrained(tmp_path / "saved")
+    adapters = {"0": str(tmp_path / "saved" / "0")}
+    with pytest.raises(AdapterError, match="tensor base_model.lora_model.model"):
+        XLoraModel.from_base(
+            tiny_base(), XLoraConfig(adapters={"0": str(tmp_path / "saved" / "0")})
+        )

@@ -16,7 +16,7 @@ QUIRKS = {
     "A": 11,
     "B": 9,
     "C": 10,
-    "E": 6,
+    "E": 9,
     # The original package: broken or missing, different from PEFT, asked for by users.
     "X": 8,
     "D": 13,
