@@ -366,6 +366,4 @@ def test_e9_an_expert_folder_that_peft_saved_inside_a_checkpoint_is_refused(
     reference.save_pretrained(tmp_path / "saved")
     adapters = {"0": str(tmp_path / "saved" / "0")}
     with pytest.raises(AdapterError, match="tensor base_model.lora_model.model"):
-        XLoraModel.from_base(
-            tiny_base(), XLoraConfig(adapters={"0": str(tmp_path / "saved" / "0")})
-        )
+        XLoraModel.from_base(tiny_base(), XLoraConfig(adapters=adapters))
