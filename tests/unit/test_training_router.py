@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -23,7 +24,7 @@ from tests.training_models import (
 from xlora_core.config import RouterTrainConfig, TrainConfig, XLoraConfig
 from xlora_core.errors import ConfigError, ModelError
 from xlora_core.model import XLoraModel
-from xlora_core.training.data import collate
+from xlora_core.training.data import collate, encode_rows
 from xlora_core.training.router import (
     RouterTrainer,
     fresh_model,
@@ -279,6 +280,47 @@ def test_the_label_loss_teaches_which_expert_is_meant(
     short = replace(settings, label_steps=3)
     log = train_router(model, PAD, examples(domain="2"), [], tmp_path / "b", short)
     assert [step for step, _ in log.auxiliary_losses] == [1, 2, 3]
+
+
+def test_a_router_is_trained_over_a_quantised_base(
+    adapters: dict[str, str], tmp_path: Path
+) -> None:
+    """A stand-in for what transformers loads: 8-bit layers, and the marks that Trainer reads."""
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    base: Any = tiny_base()
+    for path, module in list(base.named_modules()):
+        if isinstance(module, torch.nn.Linear) and "layers" in path:
+            layer = bnb.nn.Linear8bitLt(
+                module.in_features, module.out_features, bias=False, has_fp16_weights=False
+            )
+            layer.load_state_dict(module.state_dict())
+            base.set_submodule(path, layer.to("cpu"))
+    base.is_quantized = True
+    base.hf_quantizer = SimpleNamespace(
+        is_trainable=True, quantization_config=SimpleNamespace(quant_method="8 bits")
+    )
+    settings = replace(ROUTER, learning_rate=1e-2)
+    model = fresh_model(base, adapters, settings)
+    log = train_router(model, PAD, examples(), examples(4), tmp_path / "out", settings)
+    assert log.heldout_loss[-1][1] < log.heldout_loss[0][1] - 0.01
+    base.hf_quantizer.is_trainable = False
+    with pytest.raises(ConfigError, match="quantised by 8 bits, which cannot pass gradients on"):
+        train_router(model, PAD, examples(), [], tmp_path / "other", settings)
+
+
+def test_the_loss_of_a_step_is_the_mean_over_its_domains(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path)
+    rows = [row("a", "bcdefgh", "0"), row("c", "d", "1"), row("e", "f", "0"), row("g", "h", "1")]
+    train = encode_rows(rows, letter_tokenizer(), 60)
+    settings = replace(ROUTER, rows=2, accumulation=2)
+    trainer = RouterTrainer(model, PAD, train, [], tmp_path, settings)
+    batches, _ = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), 2, torch.device("cpu")
+    )
+    whole = trainer.answer_pass(trainer.collated(train))
+    expected = torch.stack([whole.losses[whole.domains == k].mean() for k in (0, 1)]).mean()
+    loss = sum(trainer.compute_loss(model, batch) for batch in batches)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_auxiliary_losses_need_scalings_that_sum_to_one(

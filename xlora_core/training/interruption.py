@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -50,7 +51,8 @@ class Interruption(TrainerCallback):
     def _take(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         self._restore()  # the next one is not ours
-        self.progress.note("stopping after this step; Ctrl-C again stops at once, without saving")
+        with contextlib.suppress(RuntimeError):  # if it came in the midst of another line
+            self.progress.note("stops after this step; Ctrl-C again stops at once, without saving")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Saves and stops, if Ctrl-C came during the step."""

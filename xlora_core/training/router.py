@@ -278,6 +278,16 @@ def _check_fits(model: XLoraModel, settings: RouterTrainConfig) -> None:
             f"{type(model.base_model).__name__} is an encoder-decoder",
             hint="its forward takes labels: train it with transformers.Trainer itself",
         )
+    if getattr(model.base_model, "is_quantized", False):
+        quantizer = model.base_model.hf_quantizer
+        if not quantizer.is_trainable:
+            method = quantizer.quantization_config.quant_method
+            raise ConfigError(
+                f"the base model is quantised by {method}, which cannot pass gradients on",
+                hint="train over the base model without quantisation",
+            )
+        # What Trainer asks a quantised model: whether adapters stand on it.
+        vars(model)["_hf_peft_config_loaded"] = True
     if not (settings.balance_loss or settings.label_loss):
         return
     config = model.config_xlora
