@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.original_checkpoints import write_original_checkpoint
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora
 from xlora_core.checkpoint import NAMES_FILE, Layout, layout_of, read_checkpoint
 from xlora_core.cli import main
-from xlora_core.config import AdapterOverride
+from xlora_core.config import AdapterOverride, XLoraConfig
 from xlora_core.model import XLoraModel
 
 Capture = pytest.CaptureFixture[str]
@@ -160,6 +161,32 @@ def test_an_ordering_file(places: Path, tmp_path: Path, capsys: Capture) -> None
     expected = logits(places / "original", ordering=ordering)
     torch.testing.assert_close(logits(tmp_path / "out"), expected)
     assert not torch.allclose(expected, logits(places / "original"), atol=1e-3)
+
+
+def test_experts_with_more_than_linear_layers(places: Path, tmp_path: Path) -> None:
+    """PEFT saves the embedding's own weight beside the adapter's."""
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens", "q_proj"], lora_bias=False
+    )
+    torch.manual_seed(0)
+    trained = get_peft_model(tiny_base(), settings)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    trained.save_pretrained(tmp_path / "expert")
+    config = XLoraConfig(adapters={"a": str(tmp_path / "expert")}, layerwise_scalings=True)
+    model = XLoraModel.from_base(tiny_base(), config).eval()
+    model.save_pretrained(tmp_path / "ours")
+    for layout in ("peft", "original"):
+        assert convert(tmp_path / "ours", tmp_path / layout, "--to", layout) == 0
+        folder = without_names(tmp_path / layout)
+        name = "0" if layout == "peft" else "a"
+        back = [folder, tmp_path / f"from-{layout}", "--to", "ours", "--base", places / "base"]
+        assert convert(*back, "--adapters", f"{name}={tmp_path / 'expert'}") == 0
+        with torch.no_grad():
+            expected = model(input_ids=tiny_prompt()).logits
+        assert torch.equal(logits(tmp_path / f"from-{layout}"), expected)
 
 
 def test_references_and_relative_paths(places: Path, tmp_path: Path, capsys: Capture) -> None:

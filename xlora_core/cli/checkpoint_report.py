@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from xlora_core.cli.terminal import safe
 
 if TYPE_CHECKING:
+    from xlora_core.adapters import LoraAdapter
     from xlora_core.checkpoint import Checkpoint
 
 LAYOUT_NAMES = {
@@ -43,17 +44,20 @@ def checkpoint_report(checkpoint: Checkpoint, *, name: str) -> dict[str, Any]:
             {
                 "name": adapter.name,
                 "folder": folders[adapter.name],
-                "n_modules": len(adapter.modules),
+                "n_modules": len(adapter.paths),
                 "ranks": sorted({weights.rank for weights in adapter.modules.values()}),
-                "n_parameters": sum(
-                    weights.lora_A.numel() + weights.lora_B.numel()
-                    for weights in adapter.modules.values()
-                ),
+                "n_parameters": _n_parameters(adapter),
             }
             for adapter in checkpoint.adapters
         ],
         "notes": list(checkpoint.notes),
     }
+
+
+def _n_parameters(adapter: LoraAdapter) -> int:
+    low_rank = [t for w in adapter.modules.values() for t in (w.lora_A, w.lora_B, w.bias)]
+    whole = [t for m in adapter.saved_modules.values() for t in (m.weight, m.bias)]
+    return sum(tensor.numel() for tensor in [*low_rank, *whole] if tensor is not None)
 
 
 def print_checkpoint(report: dict[str, Any], *, with_modules: bool) -> None:
