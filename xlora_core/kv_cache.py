@@ -7,6 +7,8 @@ the scalings log that belongs to them. A per-layer router has one pass, so one c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +33,7 @@ class RoutedCache(Cache):
         self.logged: LogEntry | None = None
         self._edition: int | None = None
         self._without_adapters = False
+        self._is_half_read = False
         own = self.main
         own = own.self_attention_cache if isinstance(own, EncoderDecoderCache) else own
         super().__init__(layers=own.layers)
@@ -57,12 +60,25 @@ class RoutedCache(Cache):
         """Returns the number of cached tokens."""
         return int(self.main.get_seq_length(layer_idx))
 
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Holds while a pass fills the cache; if it fails, the cache is refused from then on."""
+        self._is_half_read = True
+        yield
+        self._is_half_read = False
+
     def check_in_step(self) -> None:
-        """Raises unless all passes have read the same tokens.
+        """Raises unless all passes have read the same tokens, in all their layers.
 
         Raises:
-            ModelError: If one has not; a call failed between them.
+            ModelError: If one has not; an earlier call failed half way.
         """
+        if self._is_half_read:
+            raise ModelError(
+                f"an earlier call with this {type(self).__name__} failed half way, its layers "
+                "hold different tokens",
+                hint="start again with model.new_cache()",
+            )
         lengths = [cache.get_seq_length() for cache in self._passes]
         if len(set(lengths)) > 1:
             raise ModelError(
@@ -106,6 +122,7 @@ class RoutedCache(Cache):
         for cache in self._passes:
             cache.reset()  # type: ignore[no-untyped-call]  # untyped in transformers
         self.logged = None
+        self._is_half_read = False
 
     def activate_past_recording(self) -> None:
         """Makes layers with a window keep what a later ``crop`` would need."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -320,7 +321,8 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
             self.scalings_log.add_nothing()
             output = self.main_pass(scalings=None, **main)
         elif self.is_routed_per_layer:
-            gated = self.gated_pass(knobs=knobs, **main)
+            with nullcontext() if past_key_values is None else past_key_values.reading():
+                gated = self.gated_pass(knobs=knobs, **main)
             self._log(gated.router_logits, knobs, past_key_values)
             output = gated.output
         else:

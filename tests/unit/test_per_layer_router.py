@@ -604,3 +604,24 @@ def test_it_freezes_into_a_constant_mixture(model: XLoraModel) -> None:
     assert report.arms["routed"].cross_entropy == pytest.approx(float(wanted), abs=1e-9)
     assert report.arms["routed"].kl == pytest.approx(0, abs=1e-9)
     assert report.arms["frozen"].kl > 1e-3
+
+
+@torch.no_grad()
+def test_a_cache_that_a_failed_call_left_half_filled_is_refused(tmp_path: Path) -> None:
+    """Its first layers hold tokens that its last ones never read."""
+    model = gated_xlora(tmp_path)
+    ids, cache = tiny_prompt(), model.new_cache()
+    model(input_ids=ids[:, :4], past_key_values=cache)
+    hook = model.lora_layers[-1].register_forward_pre_hook(_fail)
+    with pytest.raises(MemoryError):
+        model(input_ids=ids[:, 4:], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(ModelError, match="with this GatedCache failed half way"):
+        model(input_ids=ids[:, 4:], past_key_values=cache)
+    cache.reset()
+    logits = model(input_ids=ids, past_key_values=cache).logits
+    torch.testing.assert_close(logits, logits_of(model, ids), atol=1e-5, rtol=0)
+
+
+def _fail(*_: object) -> None:
+    raise MemoryError
