@@ -276,6 +276,18 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, weights: object) ->
     assert constant(model, table(model)).shape == (2, 9, 97)  # not spent
 
 
+def test_a_quantised_base_is_written_as_a_lora_only(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path / "experts")
+    expected = constant(model, table(model))
+    model.base_model.config.quantization_config = {"quant_method": "bitsandbytes"}
+    with pytest.raises(CheckpointError, match="the base model is quantised"):
+        save_merged_model(model, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    assert torch.equal(constant(model, table(model)), expected)  # not spent
+    save_merged_lora(model, tmp_path / "lora")
+    assert read_adapter("merged", tmp_path / "lora").modules.keys() == set(model.lora_layer_names)
+
+
 def test_a_bias_beside_an_adapted_embedding_is_refused_by_name(tmp_path: Path) -> None:
     """PEFT's ``lora_bias`` holds for all modules of an adapter, and it refuses it on embeddings."""
     model = tiny_xlora(tmp_path / "experts")

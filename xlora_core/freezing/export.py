@@ -58,9 +58,18 @@ def save_merged_model(
 
     Raises:
         ConfigError: If the weights do not fit the model.
-        CheckpointError: If the folder is not empty, or cannot be written.
+        CheckpointError: If the folder is not empty, or cannot be written, or the base model is
+            quantised.
     """
     refuse_existing(folder)
+    if getattr(model.base_model.config, "quantization_config", None) is not None:
+        # Its config would make the merged layers quantised again, and the numbers others.
+        raise CheckpointError(
+            "the base model is quantised; a plain model folder would not hold the merged weights "
+            "as they are",
+            hint="write one LoRA for the quantised base (--as lora), or load the base without "
+            "quantisation",
+        )
     matrix = weight_matrix(weights, model.adapter_names, model.lora_layer_names)
     merged = model.merge_and_unload(matrix)
 
