@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from xlora_core.cli import conversion, export, generation, inspection, merging, training
+from xlora_core.cli import conversion, editing, export, generation, inspection, merging, training
 from xlora_core.errors import XLoraError
 
 _DESCRIPTION = """\
@@ -26,6 +26,7 @@ examples:
   xlora merge --output merged-model
   xlora inspect --model path/to/base --checkpoint path/to/xlora
   xlora convert path/to/peft my-xlora --to ours --base path/to/base
+  xlora edit my-xlora --out smaller --remove verse --base path/to/base
   xlora train --adapters math=experts/math law=experts/law --data rows/ --out my-xlora
 
 Each command teaches more: xlora generate --help
@@ -69,6 +70,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (inspection, generation, export, merging, conversion, training):
+    for command in (inspection, generation, export, merging, conversion, editing, training):
         command.add_command(commands)
     return parser
