@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 import shlex
 from pathlib import Path
@@ -12,9 +11,12 @@ import peft
 import pytest
 from peft.tuners.xlora.model import XLoraModel as PeftXLoraModel
 
+from tests.pages import cells, steps
 from tests.tiny_chat import tiny_chat_base, tiny_tokenizer
 from tests.tiny_models import write_lora
 from xlora_core.cli import main
+from xlora_core.layers import XLoraLayer
+from xlora_core.recording import Run
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "interop.md"
 
@@ -63,38 +65,6 @@ PEFT_WRAPPER = (
 )
 
 
-def cells(row: str) -> list[str]:
-    return [cell.strip() for cell in row.strip().strip("|").split("|")]
-
-
-def here_column(line: str) -> str | None:
-    """Returns the code of a table row's "here" cell, "" for "not needed", None for no such row."""
-    if not line.startswith("| ") or "---" in line:
-        return None
-    columns = cells(line)
-    if len(columns) != 3 or columns[1] == "here":
-        return None
-    code = re.fullmatch(r"`([^`]+)`", columns[1])
-    assert code or columns[1] == "not needed", f"neither code nor 'not needed': {line}"
-    return code[1] if code else ""
-
-
-def steps(text: str) -> list[tuple[int, str, str]]:
-    """Returns (line number, language, code) of every table row and every block, in order."""
-    found: list[tuple[int, str, str]] = []
-    language, block = "", []
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.startswith("```"):
-            if language:
-                found.append((number - len(block), language, "\n".join(block)))
-            language, block = ("" if language else line.removeprefix("```")), []
-        elif language:
-            block.append(line)
-        elif code := here_column(line):
-            found.append((number, "python", code))
-    return found
-
-
 def left_of(heading: str) -> str:
     """Returns everything but the right columns of a section: what the other package offers."""
     section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}")[1].split("\n## ")[0]
@@ -127,6 +97,14 @@ def test_every_line_runs(
             # The line numbers of an error are those of the page.
             exec(compile("\n" * (line - 1) + code, str(PAGE), "exec"), namespace)
     assert "trainable params:" in capsys.readouterr().out
+    assert namespace["other"].adapter_names == ["math", "law"]
+    # The prompt and 8 more tokens, the last of which is never read: PEFT's buckets.
+    n_prompt = namespace["inputs"]["input_ids"].shape[1]
+    assert list(namespace["buckets"]) == list(range(n_prompt, n_prompt + 8))
+    assert [t.shape[1] for t in namespace["log"]] == list(namespace["buckets"])
+    assert not any(isinstance(m, XLoraLayer) for m in namespace["merged"].modules())
+    assert Run.load(tmp_path / "run.safetensors").scalings(arm=0).shape[1:] == (4, 2)
+    assert (tmp_path / "scalings.csv").read_text(encoding="utf-8").count("\n") > 8
 
 
 def test_every_call_of_pefts_model_has_its_line() -> None:
@@ -141,14 +119,3 @@ def test_every_call_of_pefts_model_has_its_line() -> None:
 
 def test_every_call_of_the_original_package_has_its_line() -> None:
     assert names(XLORA_PACKAGE, left_of("The original")) == []
-
-
-def test_what_is_said_to_have_the_same_name_has_it() -> None:
-    """A row whose two sides call one method of the model by the same name."""
-    from xlora_core import XLoraModel
-
-    for line in PAGE.read_text(encoding="utf-8").splitlines():
-        code = here_column(line)
-        called = re.search(r"model\.(\w+)\(", code or "")
-        if called:
-            assert inspect.isfunction(inspect.unwrap(getattr(XLoraModel, called[1]))), line
