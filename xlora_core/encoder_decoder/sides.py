@@ -14,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from xlora_core.encoder_decoder.base import encoder_width
 from xlora_core.errors import ModelError
-from xlora_core.layers import ActiveScalings, TokenScalings, XLoraLayer
+from xlora_core.layers import ActiveScalings, TokenScalings, XLoraLayer, compute_device
 
 # Sizes of the trial: no two of them, nor any product of them, are alike.
 _BATCH, _SOURCE, _TARGET = 2, 5, 3
@@ -164,7 +164,8 @@ def find_sides(
 
 
 def _trial_inputs(base_model: Any) -> dict[str, Any]:
-    place = {"device": base_model.device}
+    # Not the model's own idea of its device: weights may rest elsewhere until their layer runs.
+    place = {"device": compute_device(base_model.get_input_embeddings())}
     hidden = torch.zeros(
         _BATCH, _SOURCE, encoder_width(base_model), dtype=base_model.dtype, **place
     )
