@@ -131,7 +131,7 @@ def reach(key: str, low: float, high: float, start: float) -> tuple[float, float
 
 
 def overrides_by_module() -> dict[str, tuple[AdapterOverride, ...]]:
-    """Returns adapter -> the overrides of the run that the widgets were last moved to."""
+    """Returns adapter -> its overrides that differ between modules, which no widget can hold."""
     kept: dict[str, tuple[AdapterOverride, ...]] = st.session_state.setdefault(_BY_MODULE, {})
     return kept
 

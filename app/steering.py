@@ -51,8 +51,7 @@ def from_widgets(names: Sequence[str], fallback: Iterable[AdapterOverride]) -> O
 
 def _shown(name: str, fallback: Overrides) -> Overrides:
     start, _ = choice_of(fallback)
-    # None: the chosen one was clicked once more, which switches it off.
-    choice = session.get(session.steer_choice(name), start) or AUTO
+    choice = session.get(session.steer_choice(name), start)
     if choice == BY_MODULE:
         return by_module(name, fallback)
     if choice == MUTE:
@@ -71,9 +70,12 @@ def first_value(choice: str, fallback: Overrides) -> float:
 
 
 def by_module(name: str, fallback: Overrides) -> Overrides:
-    """Returns those overrides of an adapter that differ between modules; () if there are none."""
-    own = session.overrides_by_module().get(name, fallback)
-    return own if choice_of(own)[0] == BY_MODULE else ()
+    """Returns those overrides of an adapter that differ between modules; () if there are none.
+
+    Those of the run on the screen, else those that widgets start from.
+    """
+    start, _ = choice_of(fallback)
+    return session.overrides_by_module().get(name) or (fallback if start == BY_MODULE else ())
 
 
 def to_widgets(overrides: Iterable[AdapterOverride], names: Sequence[str]) -> None:
@@ -83,6 +85,12 @@ def to_widgets(overrides: Iterable[AdapterOverride], names: Sequence[str]) -> No
         own = of_adapter(known, name)
         choice, value = choice_of(own)
         session.put(session.steer_choice(name), choice)
-        session.overrides_by_module()[name] = own
+        session.overrides_by_module()[name] = own if choice == BY_MODULE else ()
         if value is not None:
             session.put(session.steer_value(choice, name), value)
+
+
+def release(names: Sequence[str]) -> None:
+    """Gives all adapters back to the router; only from a callback."""
+    for name in names:
+        session.put(session.steer_choice(name), AUTO)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import streamlit as st
 
 from app import frames, session, steering
 from app.panels.messages import plain
-from app.steering import AUTO, BY_MODULE, CHOICES, PIN, SCALE
+from app.steering import BY_MODULE, CHOICES, PIN, SCALE
 from xlora_core import AdapterOverride
 
 HELP = (
     "Auto: as the router says. Mute: off. Scale: times a factor. Pin: held at a value, even where "
-    "top-k would drop it."
+    "top-k would drop it. In all modules; the other adapters keep their scalings, and the global "
+    "weight acts on all."
 )
+CHOICE_WIDTH = 116
 # Of a router without softmax: its scalings have no bounds of their own.
 UNBOUNDED = (-2.0, 2.0)
 
@@ -36,7 +37,7 @@ def draw(
         turned: What a change does.
     """
     with st.expander("Steer adapters", icon=":material/instant_mix:"):
-        st.caption("Overrides the router in all modules. The other adapters keep their scalings.")
+        st.caption("Overrides the router.", help=HELP)
         for name in names:
             _adapter(name, steering.of_adapter(fallback, name), softmax=softmax, turned=turned)
         steered = steering.from_widgets(names, fallback)
@@ -68,18 +69,20 @@ def _adapter(
 ) -> None:
     own = tuple(fallback)
     start, _ = steering.choice_of(own)
-    session.overrides_by_module().setdefault(name, own)
-    of_modules = steering.by_module(name, own)
+    of_modules = session.overrides_by_module()[name] = steering.by_module(name, own)
     key = session.steer_choice(name)
-    choice = st.segmented_control(
-        plain(name),
-        [*CHOICES, *([BY_MODULE] if of_modules else [])],
-        default=start,
-        key=key,
-        help=HELP,
-        on_change=partial(_choose, key, turned),
-        width="stretch",
-    )
+    choices = [*CHOICES, *([BY_MODULE] if of_modules else [])]
+    with st.container(horizontal=True, vertical_alignment="center"):
+        st.markdown(f":small[{plain(name)}]", width="stretch")
+        choice = st.selectbox(
+            plain(name),
+            choices,
+            choices.index(start),
+            key=key,
+            on_change=turned,
+            label_visibility="collapsed",
+            width=CHOICE_WIDTH,
+        )
     for kind in (SCALE, PIN):
         if kind == choice:
             _value(kind, name, steering.first_value(kind, own), softmax=softmax, turned=turned)
@@ -106,12 +109,6 @@ def _value(
     )
 
 
-def _choose(key: str, turned: Callable[[], None]) -> None:
-    if session.get(key) is None:
-        session.put(key, AUTO)
-    turned()
-
-
 def _release(names: Sequence[str], turned: Callable[[], None]) -> None:
-    steering.to_widgets((), names)
+    steering.release(names)
     turned()

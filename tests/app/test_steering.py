@@ -19,12 +19,12 @@ pin, scale, mute = AdapterOverride.pin, AdapterOverride.scale, AdapterOverride.m
 Q_PROJ = "*.q_proj"
 
 
-def choose(at: AppTest, name: str, choice: str | None) -> AppTest:
-    return at.segmented_control(key=session.steer_choice(name)).set_value(choice).run()
+def choose(at: AppTest, name: str, choice: str) -> AppTest:
+    return at.selectbox(key=session.steer_choice(name)).set_value(choice).run()
 
 
 def chosen(at: AppTest) -> list[object]:
-    return [at.segmented_control(key=session.steer_choice(name)).value for name in ADAPTERS]
+    return [at.selectbox(key=session.steer_choice(name)).value for name in ADAPTERS]
 
 
 def slide(at: AppTest, choice: str, name: str, value: float) -> AppTest:
@@ -38,7 +38,7 @@ def captions(at: AppTest) -> str:
 def test_every_adapter_starts_with_the_router(open_app):
     at = open_app()
     assert chosen(at) == [AUTO] * 4
-    control = at.segmented_control(key=session.steer_choice("verse"))
+    control = at.selectbox(key=session.steer_choice("verse"))
     assert (control.label, control.options) == ("verse", list(CHOICES))
     assert "Steered" not in captions(at)
     (button,) = [b for b in at.button if b.label == "All to auto"]
@@ -118,14 +118,6 @@ def test_one_button_gives_all_adapters_back(open_app):
     assert frame(at)[0]["knobs"] == [[0, "top-k all · temperature 1 · weight 1"]]
 
 
-def test_a_choice_switched_off_is_the_router(open_app):
-    at = open_app()
-    choose(at, "math", MUTE)
-    choose(at, "math", None)
-    assert chosen(at) == [AUTO] * 4
-    assert "Steered" not in captions(at)
-
-
 def test_a_slider_remembers_its_value_while_it_is_away(open_app):
     at = open_app()
     choose(at, "math", SCALE)
@@ -154,7 +146,7 @@ def test_overrides_by_module_are_kept_until_another_choice(open_app):
     overrides = (mute("verse"), pin("math", 0.5, Q_PROJ), scale("math", 2.0, "*.0.*"))
     open_file(at, steered(shown(at).run, overrides))
     assert chosen(at) == [BY_MODULE, AUTO, AUTO, MUTE]
-    assert at.segmented_control(key=session.steer_choice("math")).options == [*CHOICES, BY_MODULE]
+    assert at.selectbox(key=session.steer_choice("math")).options == [*CHOICES, BY_MODULE]
     by_module = "math pinned at 0.5 in *.q_proj · math rescaled by 2 in *.0.*"
     assert by_module in captions(at)
     choose(at, "verse", AUTO)
@@ -164,7 +156,9 @@ def test_overrides_by_module_are_kept_until_another_choice(open_app):
     choose(at, "math", BY_MODULE)
     assert frame(at)[0]["knobs"][0][1].endswith(by_module)
     press(at, "All to auto")
-    assert at.segmented_control(key=session.steer_choice("math")).options == list(CHOICES)
+    assert chosen(at) == [AUTO] * 4
+    choose(at, "math", BY_MODULE)
+    assert frame(at)[0]["knobs"][0][1].endswith(by_module)
 
 
 def test_the_models_own_overrides_are_where_choices_start(open_app):
@@ -175,6 +169,11 @@ def test_the_models_own_overrides_are_where_choices_start(open_app):
     assert shown(at).run.tracks[0].override_sets == (own,)
     choose(at, "chemistry", AUTO)
     assert frame(at)[0]["knobs"][0][1].endswith("weight 1 · verse pinned at 0.5 in *.q_proj")
+    press(at, "All to auto")
+    assert not at.exception
+    assert chosen(at) == [AUTO] * 4
+    choose(at, "verse", BY_MODULE)
+    assert frame(at)[0]["knobs"][0][1].endswith("weight 1 · verse pinned at 0.5 in *.q_proj")
 
 
 def test_names_are_shown_as_text(open_app):
@@ -183,7 +182,7 @@ def test_names_are_shown_as_text(open_app):
     names = ("**bold**", ":red[x]", *ADAPTERS[2:])
     header = replace(run.header, adapter_names=names, adapter_hashes={})
     open_file(at, replace(run, header=header, tracks=run.tracks[:1]))
-    control = at.segmented_control(key=session.steer_choice("**bold**"))
+    control = at.selectbox(key=session.steer_choice("**bold**"))
     assert control.label == r"\*\*bold\*\*"
     choose(at, ":red[x]", MUTE)
     assert not at.exception

@@ -232,7 +232,8 @@ class Plot {
     c.textBaseline = "middle";
     c.textAlign = "left";
     let free = -Infinity;
-    for (const [t, label] of this.routing.header.knob_changes) {
+    const changes = this.routing.header.knob_changes;
+    for (const [i, [t, label]] of changes.entries()) {
       const x = Math.round(this.x(t)) + 0.5;
       c.strokeStyle = c.fillStyle = rgba(theme.amber, 1);
       c.setLineDash([3, 3]);
@@ -247,11 +248,12 @@ class Plot {
       c.lineTo(x, 27);
       c.fill();
       const wide = c.measureText(label).width;
-      const at = Math.min(x + 7, this.width - wide - 2);
-      if (at > free) {
-        c.fillText(label, at, 23);
-        free = at + wide + 14;
-      }
+      const at = x + 7 + wide <= this.width ? x + 7 : x - 7 - wide;
+      // A label that would run into the next mark is left to the tooltip.
+      const next = i + 1 < changes.length ? this.x(changes[i + 1][0]) - 6 : this.width;
+      const fits = at > free && at + wide <= next;
+      if (fits) c.fillText(label, at, 23);
+      free = Math.max(x + 6, fits ? at + wide + 14 : free);
     }
   }
 
