@@ -184,4 +184,5 @@ def _of_pass(config: PretrainedConfig) -> DynamicCache | EncoderDecoderCache:
     if not config.is_encoder_decoder:
         return DynamicCache(config=config)
     decoder = config.get_text_config(decoder=True)
-    return EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache(config=decoder))
+    # A decoder's sliding window is over its own tokens: cross-attention sees all of the source.
+    return EncoderDecoderCache(DynamicCache(config=decoder), DynamicCache())
