@@ -180,7 +180,7 @@ def referenced_folder(target: Path, adapter: LoraAdapter, config: XLoraConfig) -
     """
     where = config.adapters.get(adapter.name)
     hint = "save with bundle=True, which copies the experts into the checkpoint"
-    if where is None:
+    if not where:  # empty for one that was added from memory
         raise CheckpointError(
             f"adapter {adapter.name!r} was read from no folder that could be referenced", hint=hint
         )

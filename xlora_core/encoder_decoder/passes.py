@@ -38,6 +38,7 @@ class XLoraEncoderDecoder(XLoraPasses):
     """
 
     is_encoder_decoder: bool
+    _edition: int
     encoder_scalings_log: ScalingsLog
     _sides: DecoderSides | None
 
@@ -140,6 +141,7 @@ class XLoraEncoderDecoder(XLoraPasses):
             scaling_hidden_state=hidden,
             router_logits=router_logits,
             scalings=scalings,
+            edition=self._edition,
         )
 
     def _encode(self, inputs: Mapping[str, Any], scalings: ModuleScalings | None) -> dict[str, Any]:
@@ -195,6 +197,11 @@ class XLoraEncoderDecoder(XLoraPasses):
             then, now = ("off", "on") if source.scalings is None else ("on", "off")
             raise ModelError(
                 f"encoder_outputs were made with the adapters switched {then}, now they are {now}",
+                hint="encode the source again",
+            )
+        if source.edition not in (None, self._edition):
+            raise ModelError(
+                "the model's adapters were edited since encoder_outputs were made",
                 hint="encode the source again",
             )
 
