@@ -106,7 +106,10 @@ def routing_words(config: Mapping[str, Any]) -> str:
         softmax = f"softmax at temperature {config['softmax_temperature']:g}"
     else:
         softmax = "no softmax"
-    return (
+    words = (
         f"{softmax}, top-k {config['top_k_lora'] or 'all'}, global weight "
-        f"{config['global_scaling_weight']:g}, scaling pass {config['scaling_pass_value']:g}"
+        f"{config['global_scaling_weight']:g}"
     )
+    if config["router"] == "per_layer":
+        return words
+    return f"{words}, scaling pass {config['scaling_pass_value']:g}"

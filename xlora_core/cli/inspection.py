@@ -89,8 +89,9 @@ def model_report(model: XLoraModel, *, name: str) -> dict[str, Any]:
         {
             "name": path,
             "type": type(layer.base_layer).__name__,
-            "in_features": layer.in_features,
-            "out_features": layer.out_features,
+            # Of one rank: a convolution's kernel and an embedding's rows count as inputs.
+            "in_features": layer.lora_A[0].numel(),
+            "out_features": layer.lora_B[:, 0].numel(),
             "ranks": {
                 adapter: dict(zip(layer.adapter_indices, layer.ranks, strict=True)).get(k, 0)
                 for k, adapter in enumerate(model.adapter_names)
@@ -126,6 +127,7 @@ def run_report(run: Run) -> dict[str, Any]:
         "created": header.created,
         "prompt": header.prompt_text,
         "n_modules": header.n_lora_layers,
+        "router": header.router,
         "adapters": list(header.adapter_names),
         "sampling": vars(header.sampling),
         "versions": dict(header.versions),
@@ -202,7 +204,8 @@ def _print_run(report: dict[str, Any], *, with_modules: bool) -> None:
             "run": f"{report['run_id']}, {report['created']}",
             "model": safe(report["model"]),
             "adapters": safe(", ".join(report["adapters"])),
-            "modules": str(report["n_modules"]),
+            "modules": str(report["n_modules"])
+            + (", each with a gate of its own" if report["router"] == "per_layer" else ""),
             "prompt": safe(repr(report["prompt"])),
         }
     )
