@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -34,6 +35,8 @@ from xlora_core.layers import ActiveScalings, XLoraLayer, compute_device
 from xlora_core.replacing import replace_adapted_modules
 from xlora_core.saved_modules import as_saved_module
 from xlora_core.scalings_log import LogEntry, ScalingsLog
+
+_logger = logging.getLogger(__name__)
 
 
 class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
@@ -146,6 +149,8 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
         """
         checkpoint = read_checkpoint(folder, adapters, ordering=ordering)
         checkpoint = check_fits(folder, checkpoint, hf_model)
+        for note in checkpoint.notes:
+            _logger.warning("%s: %s", folder, note)
         model = cls(hf_model, checkpoint.config, checkpoint.adapters)
         model.router.load_state_dict(
             {name.removeprefix("gates."): t for name, t in checkpoint.classifier.items()}
