@@ -138,6 +138,13 @@ def test_the_model_is_the_one_peft_saved(tmp_path: Path, write: object, layerwis
     assert ours.config_xlora.top_k_lora == 2
 
 
+def test_a_rescue_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = save(live_peft(write_experts(tmp_path)), tmp_path / "saved")
+    load(folder)
+    (record,) = [r for r in caplog.records if r.name == "xlora_core.model"]
+    assert record.getMessage().startswith(f"{folder}: recovered layers.0 of the classifier")
+
+
 def test_a_whole_save_needs_no_rescue_and_no_folders(tmp_path: Path) -> None:
     model = live_peft(write_experts(tmp_path), depth=2)
     folder = whole_save(model, tmp_path / "saved")

@@ -65,7 +65,9 @@ def foreign_config_of(
     hint = ""
     if softmaxes == (True, True):
         hint = "PEFT takes a softmax of a softmax here, which is not supported: switch one off"
-    elif values.get("top_k_lora") is not None:
+    elif isinstance(values.get("top_k_lora"), int) and values["top_k_lora"] not in range(
+        1, len(adapters) + 1
+    ):
         hint = (
             "PEFT only warns: a top_k_lora of 0 switches all experts off there, and one above the "
             "number of adapters fails at the first forward"

@@ -41,6 +41,7 @@ from xlora_core.checkpoint.names_file import known_modules, read_names, write_na
 from xlora_core.checkpoint.ordering import Ordering
 from xlora_core.checkpoint.peft_rescue import (
     CLASSIFIER_PREFIX,
+    folder_of_expert,
     recover_lost_layers,
     recover_trained_experts,
 )
@@ -105,6 +106,7 @@ def read_peft(
     names, notes = read_names(folder, path)
     tensors, recovered = _classifier(folder, path, config)
     trained: dict[str, LoraAdapter] = {}
+    saved = {name: folder_of_expert(folder, i) for i, name in enumerate(config.adapters)}
     # What we write there holds the experts as trained, at the paths of its config.
     if config.use_trainable_adapters and names is None and not renames_all(config, overrides):
         trained = recover_trained_experts(folder, config, but_for=overrides)
@@ -112,9 +114,8 @@ def read_peft(
         config = ordering.applied_to(config)
     if names is not None:
         config = names.applied_to(config)
-    config = with_experts_from(
-        folder, config, {name: folder / name for name in trained} | dict(overrides)
-    )
+    recovered_from = {name: saved[name] for name in trained}
+    config = with_experts_from(folder, config, {**recovered_from, **overrides})
     layer_names, base = known_modules(names, ordering)
     return Checkpoint(
         config=config,

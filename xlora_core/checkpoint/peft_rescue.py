@@ -89,7 +89,7 @@ def recover_lost_layers(
 
 def _stray_layer(folder: Path, index: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the layer that the folder of expert ``index`` holds by accident; {} if none."""
-    path = _folder_of_expert(folder, index) / WEIGHTS_FILE
+    path = folder_of_expert(folder, index) / WEIGHTS_FILE
     if not path.is_file():
         return {}
     strays = read_router_tensors(path, lambda key: key.startswith(CLASSIFIER_PREFIX))
@@ -107,7 +107,7 @@ def _stray_layer(folder: Path, index: int, tensors: Mapping[str, Tensor]) -> dic
     }
 
 
-def _folder_of_expert(folder: Path, index: int) -> Path:
+def folder_of_expert(folder: Path, index: int) -> Path:
     """Returns the folder that PEFT saved for an expert, beside the router's files.
 
     A model that is not called "default" is saved into a folder of its name, its experts next to
@@ -141,7 +141,7 @@ def recover_trained_experts(
     for index, (name, stored) in enumerate(config.adapters.items()):
         if name in but_for:
             continue
-        saved = _folder_of_expert(folder, index)
+        saved = folder_of_expert(folder, index)
         try:
             trained = _trained_expert(name, saved)
         except AdapterError as error:
