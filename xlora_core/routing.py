@@ -177,7 +177,6 @@ def override_matrix(
     """
     if not knobs.overrides:
         return None
-    knobs.check_names(adapter_names, layer_names)
     names = tuple(layer_names), tuple(adapter_names)
     return _override_matrix(tuple(knobs.overrides), *names, dtype, torch.device(device))
 
@@ -193,7 +192,12 @@ def _override_matrix(
     dtype: torch.dtype,
     device: torch.device,
 ) -> OverrideMatrix:
-    """Returns the matrices of overrides that are known to fit."""
+    """Returns the matrices of overrides; checks first that they fit.
+
+    Raises:
+        ConfigError: If an override names an adapter or modules that are not there.
+    """
+    RoutingKnobs(overrides=overrides).check_names(adapter_names, layer_names)
     n_rows = 1 if all(o.modules is None for o in overrides) else len(layer_names)
     factor = torch.ones(n_rows, len(adapter_names), dtype=dtype)
     pin = torch.zeros_like(factor)
