@@ -104,6 +104,20 @@ def rebuilt_layers(
     return rebuilt
 
 
+def check_finite(adapter: LoraAdapter) -> None:
+    """Raises ``AdapterError`` if an adapter from memory holds what none from a file may hold."""
+    of_path: dict[str, tuple[Tensor | None, ...]] = {
+        path: (weights.lora_A, weights.lora_B, weights.bias)
+        for path, weights in adapter.modules.items()
+    } | {path: (saved.weight, saved.bias) for path, saved in adapter.saved_modules.items()}
+    for path, tensors in of_path.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None):
+            raise AdapterError(
+                f"adapter {adapter.name!r}, module {path}: its weights hold NaN or infinite values",
+                hint="its training diverged; take an earlier state of it",
+            )
+
+
 def put_in_place(
     model: nn.Module, old: Mapping[str, XLoraLayer], new: Mapping[str, XLoraLayer]
 ) -> None:
@@ -119,22 +133,12 @@ def _check_fits(plain: nn.Module, adapter: LoraAdapter) -> None:
     if not adapter.paths:
         raise AdapterError(f"adapter {adapter.name!r} changes no module")
     adapted_paths(plain, [adapter])
-    for path in adapter.paths:
-        tensors = _tensors(_weights(adapter, path, plain.get_submodule(path)))
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors):
-            raise AdapterError(
-                f"adapter {adapter.name!r}, module {path}: its weights hold NaN or infinite values"
-            )
 
 
 def _weights(adapter: LoraAdapter, path: str, module: nn.Module) -> LoraWeights:
     if path in adapter.modules:
         return adapter.modules[path]
     return as_lora_weights(adapter.saved_modules[path], module)
-
-
-def _tensors(weights: LoraWeights) -> list[Tensor]:
-    return [t for t in (weights.lora_A, weights.lora_B, weights.bias) if t is not None]
 
 
 def _new_expert(

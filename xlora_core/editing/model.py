@@ -15,7 +15,7 @@ from xlora_core.adapters import LoraAdapter, read_adapter
 from xlora_core.config import RoutingKnobs, XLoraConfig
 from xlora_core.config.overrides import renamed_overrides
 from xlora_core.editing.guard import EditGuard
-from xlora_core.editing.layers import Source, put_in_place, rebuilt_layers
+from xlora_core.editing.layers import Source, check_finite, put_in_place, rebuilt_layers
 from xlora_core.editing.router import moved_gates, moved_head
 from xlora_core.editing.rows import Newcomer, newcomer_for
 from xlora_core.errors import AdapterError, ConfigError
@@ -88,6 +88,7 @@ class XLoraEditing(XLoraPasses):
         self._check_is_free(name)
         if isinstance(adapter, LoraAdapter):
             new, folder = replace(adapter, name=name), ""
+            check_finite(new)
         elif isinstance(adapter, str | Path):
             new, folder = read_adapter(name, adapter), str(adapter)
         else:
