@@ -139,7 +139,8 @@ def test_nothing_is_overwritten(tmp_path: Path, save: object) -> None:
     assert torch.equal(constant(model, table(model)), expected)
     (tmp_path / "empty").mkdir()
     save(model, tmp_path / "empty")  # type: ignore[operator]
-    assert list((tmp_path / "empty").glob("*.safetensors"))
+    (written,) = (tmp_path / "empty").glob("*.safetensors")
+    assert written.stat().st_mode & 0o777 == 0o644
 
 
 # ---------------------------------------------------------------- one LoRA

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,7 +78,7 @@ def save_merged_model(
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
 
-    write_folder(folder, write, may_replace=lambda _: False)
+    _write(folder, write)
 
 
 def lora_of_mixture(
@@ -137,8 +137,18 @@ def save_merged_lora(
         (staging / CONFIG_FILE).write_text(config, encoding="utf-8")
         save_file(adapter_tensors(adapter), staging / WEIGHTS_FILE, metadata={"format": "pt"})
 
-    write_folder(folder, write, may_replace=lambda _: False)
+    _write(folder, write)
     return lora
+
+
+def _write(folder: str | Path, write: Callable[[Path], None]) -> None:
+    def write_for_all(staging: Path) -> None:
+        write(staging)
+        # safetensors writes files that only their owner may read.
+        for file in staging.iterdir():
+            file.chmod(0o644)
+
+    write_folder(folder, write_for_all, may_replace=lambda _: False)
 
 
 def _as_adapter(model: XLoraModel, lora: SingleLora) -> LoraAdapter:
