@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from tests.original_checkpoints import write_original_checkpoint
-from tests.tiny_models import tiny_base, tiny_xlora
+from tests.tiny_models import tiny_base, write_experts
 from xlora_core.checkpoint import (
     NAMES_FILE,
     ORDERING_FILE,
@@ -25,7 +25,9 @@ from xlora_core.checkpoint import (
     write_original,
     write_peft,
 )
+from xlora_core.config import XLoraConfig
 from xlora_core.errors import XLoraError
+from xlora_core.model import XLoraModel
 
 BASE = tiny_base()
 WEIGHTS = "adapter_model.safetensors"
@@ -44,13 +46,16 @@ JSON = st.recursive(
 )
 
 
-@pytest.fixture(scope="module", params=[*Layout, "rescue"])
+@pytest.fixture(scope="module", params=[*Layout, "rescue", "gates"])
 def layout_folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole checkpoint of each layout, with one expert and every optional file."""
     root = tmp_path_factory.mktemp("doctored")
     folder = root / "checkpoint"
-    model = tiny_xlora(root / "experts", n_adapters=1, xlora_depth=2)
-    if request.param is Layout.OURS:
+    router = {"router": "per_layer"} if request.param == "gates" else {"xlora_depth": 2}
+    model = XLoraModel.from_base(
+        tiny_base(), XLoraConfig(adapters=write_experts(root / "experts", n_adapters=1), **router)
+    )
+    if request.param in (Layout.OURS, "gates"):
         model.save_pretrained(folder)
         return folder
     model.save_pretrained(root / "ours")
@@ -105,7 +110,7 @@ def files_of(folder: Path, *suffixes: str) -> list[Path]:
 
 
 EXAMPLES = settings(
-    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=35, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -138,7 +143,7 @@ def test_changed_bytes(layout_folder: Path, data: st.DataObject) -> None:
 
 
 @given(data=st.data())
-@settings(EXAMPLES, max_examples=100)
+@settings(EXAMPLES, max_examples=80)
 def test_other_values_in_json(layout_folder: Path, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(files_of(layout_folder, ".json")))
     values = json.loads((layout_folder / name).read_text())

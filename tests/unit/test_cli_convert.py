@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.original_checkpoints import write_original_checkpoint
-from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora
+from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts
 from xlora_core.checkpoint import NAMES_FILE, Layout, layout_of, read_checkpoint
 from xlora_core.cli import main
 from xlora_core.config import AdapterOverride, XLoraConfig
@@ -234,14 +234,25 @@ def test_refusals(places: Path, tmp_path: Path, capsys: Capture) -> None:
     assert not (tmp_path / "a").exists()
 
 
-def test_what_another_layout_cannot_say(tmp_path: Path, capsys: Capture) -> None:
-    override = AdapterOverride.mute("1")
-    tiny_xlora(tmp_path / "experts", adapter_overrides=[override]).save_pretrained(
-        tmp_path / "ours"
-    )
+@pytest.mark.parametrize(
+    ("config", "what"),
+    [
+        ({"adapter_overrides": [AdapterOverride.mute("1")]}, "adapter_overrides"),
+        ({"router": "per_layer"}, "router 'per_layer'"),
+    ],
+)
+def test_what_another_layout_cannot_say(
+    tmp_path: Path, capsys: Capture, config: dict[str, object], what: str
+) -> None:
+    adapters = write_experts(tmp_path / "experts")
+    model = XLoraModel.from_base(tiny_base(), XLoraConfig(adapters=adapters, **config))
+    model.save_pretrained(tmp_path / "ours")
+    assert main(["inspect", str(tmp_path / "ours")]) == 0
+    capsys.readouterr()
     for layout, package in (("peft", "PEFT"), ("original", "the original xlora package")):
         error = refused(capsys, tmp_path / "ours", tmp_path / layout, "--to", layout)
-        assert f"{package} has no adapter_overrides" in error
+        assert f"{package} has no {what}" in error
+        assert not (tmp_path / layout).exists()
 
 
 def test_help_teaches_with_examples(capsys: Capture) -> None:
