@@ -122,6 +122,31 @@ class Page:
                 return slider.find_element(By.CSS_SELECTOR, "input[type=range]")
         raise AssertionError(f"there is no slider {label!r}")
 
+    def unfold(self, title: str) -> None:
+        """Opens an expander."""
+        script = """
+            const fits = (s) => s.innerText.includes(arguments[0]);
+            const found = [...document.querySelectorAll("summary")].find(fits);
+            if (found && !found.parentElement.open) found.click();
+            return Boolean(found);
+        """
+        self.wait(lambda: self.driver.execute_script(script, title), f"there is no {title!r}")
+
+    def select(self, label: str, choice: str) -> None:
+        """Takes a choice of a select box."""
+
+        def option() -> WebElement | None:
+            for found in self.driver.find_elements(By.CSS_SELECTOR, "[role=option]"):
+                if found.text.strip() == choice:
+                    return found
+            selector = f"[data-testid=stSelectbox] input[aria-label='{label}']"
+            box = self.driver.find_element(By.CSS_SELECTOR, selector)
+            if box.get_attribute("aria-expanded") != "true":
+                box.click()
+            return None
+
+        self.wait(option, f"{label!r} has no choice {choice!r}").click()
+
     def generate(self, prompt: str) -> None:
         self.type_prompt(prompt)
         self.press("Generate")

@@ -45,6 +45,24 @@ def test_stop_ends_the_run_and_keeps_what_it_wrote(fake_app, open_page):
     assert page.console_errors() == []
 
 
+def test_a_muted_adapter_is_off_from_the_next_token(fake_app, open_page):
+    page = open_page(fake_app)
+    page.unfold("Steer adapters")
+    page.generate("slowly: salt")
+    page.wait(lambda: page.n_columns() > 0, "no heatmap")
+    page.select("math", "Mute")
+    page.wait(lambda: "Steered: math muted" in page.text(), "nothing says so")
+    before = page.n_tokens()
+    page.wait(lambda: page.n_tokens() > before + 2, "the text does not grow")
+    page.press("Stop")
+    page.wait(lambda: page.button("Generate"), "it does not stop")
+    page.read_cell(0.02, 0.6, "top-k all · temperature 1 · weight 1")
+    assert "off" not in page.tooltip()
+    page.choose("math")
+    page.wait(lambda: "cut by top-k or muted" in page.component("return root.innerText"), "no key")
+    assert page.console_errors() == []
+
+
 def test_two_browsers_with_different_knobs_get_their_own_results(fake_app, open_page):
     one, other = open_page(fake_app), open_page(fake_app)
     one.slider("Top-k").send_keys(Keys.HOME)
