@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from xlora_core.config import XLoraConfig
+from xlora_core.precision import Float32OrWider
 
 
-class XLoraClassifier(nn.Module):
+class XLoraClassifier(Float32OrWider):
     """Turns each token's hidden state into one logit per adapted module and adapter.
 
     Depth 1 is one linear layer with bias. Depth d is ``Linear(H, size)``, ReLU, dropout,
@@ -58,17 +57,6 @@ class XLoraClassifier(nn.Module):
         self.head = len(layers)
         layers.append(nn.Linear(width, n_outputs, dtype=dtype, device=device))
         self.layers = nn.Sequential(*layers)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> XLoraClassifier:
-        """Moves and casts as asked, but never below float32: ``model.to(bfloat16)`` asks it."""
-
-        def keeping_precision(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            wide = torch.promote_types(moved.dtype, torch.float32)
-            return moved if moved.dtype == wide else tensor.to(moved.device, wide)
-
-        super()._apply(keeping_precision, recurse)  # type: ignore[no-untyped-call]  # untyped in torch
-        return self
 
     @property
     def dtype(self) -> torch.dtype:

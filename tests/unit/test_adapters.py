@@ -317,7 +317,7 @@ def test_an_embedding_adapter(folder: Path, suffix: str) -> None:
     assert not read_adapter("a", folder).modules[Q0].embedding
 
 
-def test_the_bias_of_lora_B(folder: Path) -> None:
+def test_the_bias_of_the_expanding_half(folder: Path) -> None:
     bias = torch.arange(32.0)
     edit_tensors(folder, lambda t: t.update({f"base_model.model.{Q0}.lora_B.bias": bias}))
     edit_config(folder, lora_bias=True)

@@ -25,7 +25,11 @@ def base_fingerprint(model: XLoraModel) -> str:
     A sample of every tensor goes in, together with names, shapes and dtypes; it tells models
     apart, it is no protection against forgery.
     """
-    of_experts = {id(p) for layer in model.lora_layers for p in (layer.lora_A, layer.lora_B)}
+    of_experts = {
+        id(parameter)
+        for layer in model.lora_layers
+        for parameter in (layer.lora_A, layer.lora_B, layer.lora_bias)
+    }
     return _digest(
         (name, tensor)
         for name, tensor in model.base_model.named_parameters()
@@ -41,10 +45,11 @@ def adapter_fingerprints(model: XLoraModel) -> dict[str, str]:
     ]
     return {
         name: _digest(
-            (f"{path}.{side}", getattr(weights[k], side))
+            (f"{path}.{part}", tensor)
             for path, weights in experts
             if k in weights
-            for side in ("lora_A", "lora_B")
+            for part in ("lora_A", "lora_B", "bias")
+            if (tensor := getattr(weights[k], part)) is not None
         )
         for k, name in enumerate(model.adapter_names)
     }
