@@ -1,4 +1,4 @@
-"""The X-LoRA model: scaling pass, classifier, main pass, over any Hugging Face decoder."""
+"""The X-LoRA model: scaling pass, classifier, main pass, over any Hugging Face model."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
     itself (``device``, ``generation_config``, ...) are the base model's.
 
     Args:
-        base_model: A Hugging Face decoder; its adapted modules are replaced in place.
+        base_model: A Hugging Face model; its adapted modules are replaced in place.
         config: The X-LoRA config.
         adapters: The experts in the classifier's output order.
 
@@ -280,7 +280,8 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
             logits_to_keep: As in Hugging Face models.
             knobs: Knobs of this call alone; None takes the model's.
             return_dict: False returns a tuple.
-            kwargs: Further arguments of the base model's forward.
+            kwargs: Further arguments of the base model's forward. An encoder-decoder's
+                ``encoder_outputs`` come from ``encode``.
 
         Returns:
             The base model's output; ``past_key_values`` is one of ``new_cache``.

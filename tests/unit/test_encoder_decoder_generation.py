@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import disk_offload
 from torch import Tensor
 from transformers import DynamicCache, EncoderDecoderCache
 
-from tests.seq2seq_models import FAMILIES, run_by_hand, seq2seq_xlora, tiny_seq2seq, tokens
+from tests.seq2seq_models import (
+    FAMILIES,
+    randomise,
+    run_by_hand,
+    seq2seq_xlora,
+    tiny_seq2seq,
+    tokens,
+)
 from xlora_core.config import RoutingKnobs
 from xlora_core.errors import ModelError
 from xlora_core.kv_cache import DualCache
@@ -206,6 +215,18 @@ def test_a_model_that_accelerate_placed(make: MakeModel, monkeypatch: pytest.Mon
     expected = generate(model, source)
     monkeypatch.setattr(model.base_model, "hf_device_map", {"": "cpu"}, raising=False)
     assert torch.equal(generate(model, source), expected)
+
+
+@both
+def test_a_base_whose_weights_rest_on_disk(make: MakeModel, family: str, tmp_path: Path) -> None:
+    model, source = make(family), tokens(2, 6)
+    base = tiny_seq2seq(family)
+    disk_offload(base, str(tmp_path), execution_device=torch.device("cpu"))
+    offloaded = randomise(XLoraModel.from_base(base, model.config_xlora))
+    assert base.device.type == "meta"
+    assert torch.equal(
+        generate(offloaded, source, num_beams=2), generate(model, source, num_beams=2)
+    )
 
 
 # ---------------------------------------------------------------- knobs, threads, refusals
