@@ -67,8 +67,9 @@ def add_command(commands: options.Commands) -> None:
         metavar="R",
         help="cut the LoRA to this rank in every module, by singular values (default: exact)",
     )
-    mixture = parser.add_argument_group("mixture").add_mutually_exclusive_group()
-    mixture.add_argument(
+    mixture = parser.add_argument_group("mixture")
+    origin = mixture.add_mutually_exclusive_group()
+    origin.add_argument(
         "--weights",
         nargs="+",
         default=[],
@@ -76,24 +77,24 @@ def add_command(commands: options.Commands) -> None:
         help="uniform: 1/K each (default); a weight by expert, 0 for those not named; or a file "
         "that --save-weights wrote",
     )
-    mixture.add_argument("--from-run", metavar="FILE", help="as xlora generate --save wrote it")
-    mixture.add_argument(
+    origin.add_argument("--from-run", metavar="FILE", help="as xlora generate --save wrote it")
+    origin.add_argument(
         "--from-data",
         nargs="+",
         default=[],
         metavar="FILE",
         help="rows as for training (.jsonl, .jsonl.gz), or one text a line (.txt)",
     )
-    parser.add_argument(
+    mixture.add_argument(
         "--arm", type=int, metavar="N", help="arm of the run, counted from 0 (default: 0)"
     )
-    parser.add_argument(
+    mixture.add_argument(
         "--tokens",
         choices=("response", "prompt", "all"),
         help="whose scalings to average, with --from-run and --from-data (default: response); a "
         "text without a prompt is all response",
     )
-    parser.add_argument(
+    mixture.add_argument(
         "--save-weights", metavar="FILE", help="write the mixture itself, for --weights (.json)"
     )
     report = parser.add_argument_group("what is lost")
