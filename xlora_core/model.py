@@ -34,7 +34,7 @@ from xlora_core.kv_cache import DualCache, RoutedCache
 from xlora_core.layers import ActiveScalings, XLoraLayer, compute_device
 from xlora_core.replacing import replace_adapted_modules
 from xlora_core.saved_modules import as_saved_module
-from xlora_core.scalings_log import LogEntry, ScalingsLog
+from xlora_core.scalings_log import ScalingsLog
 
 _logger = logging.getLogger(__name__)
 
@@ -344,15 +344,6 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
 
     def _caches_by_default(self) -> bool:
         return self.can_generate() and bool(getattr(self.base_model.config, "use_cache", False))
-
-    # ---------------------------------------------------------------- the log
-
-    def _log(self, router_logits: Tensor, knobs: RoutingKnobs, cache: RoutedCache | None) -> None:
-        rows = self._logged_rows(router_logits, knobs)
-        entry = LogEntry(rows, cache.logged if cache is not None else None)
-        if cache is not None:
-            cache.logged = entry
-        self.scalings_log.add(entry)
 
     # ---------------------------------------------------------------- merging and training
 

@@ -19,7 +19,9 @@ from xlora_core.controls import XLoraControls
 from xlora_core.errors import ModelError
 from xlora_core.gates import GateScalings, LayerGates
 from xlora_core.gradient_checkpointing import carry_scalings_into_checkpoints
+from xlora_core.kv_cache import RoutedCache
 from xlora_core.layers import ActiveScalings, ModuleScalings, TokenScalings, XLoraLayer
+from xlora_core.scalings_log import LogEntry
 
 # Arguments of a causal language model's forward that its backbone has no use for.
 HEAD_ARGUMENTS = frozenset(
@@ -260,6 +262,13 @@ class XLoraPasses(XLoraControls, nn.Module):
             raise ModelError(f"scalings have shape {list(found)}, expected {list(expected)}")
         of_all_tokens = scalings.shape[:2].numel() == 1
         return scalings if of_all_tokens else scalings.expand(*expected[:2], -1, -1)
+
+    def _log(self, router_logits: Tensor, knobs: RoutingKnobs, cache: RoutedCache | None) -> None:
+        rows = self._logged_rows(router_logits, knobs)
+        entry = LogEntry(rows, cache.logged if cache is not None else None)
+        if cache is not None:
+            cache.logged = entry
+        self.scalings_log.add(entry)
 
     def _logged_rows(self, router_logits: Tensor, knobs: RoutingKnobs) -> Tensor:
         """Returns what the log keeps of router logits: scalings ``[B, T, L, K]``, as in PEFT."""

@@ -165,14 +165,14 @@ def find_sides(
 
 def _trial_inputs(base_model: Any) -> dict[str, Any]:
     # Not the model's own idea of its device: weights may rest elsewhere until their layer runs.
-    place = {"device": compute_device(base_model.get_input_embeddings())}
+    device = compute_device(base_model.get_input_embeddings())
     hidden = torch.zeros(
-        _BATCH, _SOURCE, encoder_width(base_model), dtype=base_model.dtype, **place
+        _BATCH, _SOURCE, encoder_width(base_model), dtype=base_model.dtype, device=device
     )
     return {
         "encoder_outputs": BaseModelOutput(last_hidden_state=hidden),
-        "attention_mask": torch.ones(_BATCH, _SOURCE, dtype=torch.int64, **place),
-        "decoder_input_ids": torch.zeros(_BATCH, _TARGET, dtype=torch.int64, **place),
+        "attention_mask": torch.ones(_BATCH, _SOURCE, dtype=torch.int64, device=device),
+        "decoder_input_ids": torch.zeros(_BATCH, _TARGET, dtype=torch.int64, device=device),
         "use_cache": False,
     }
 
