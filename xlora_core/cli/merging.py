@@ -114,7 +114,7 @@ def add_command(commands: options.Commands) -> None:
     )
     options.add_knob_options(
         parser,
-        otherwise="the model's own; with --from-run as recorded, and once one is given, the "
+        otherwise="the model's own; with --from-run as recorded,\nand once one is given, the "
         "others are off (all, 1, 1)",
     )
     options.add_model_options(parser)
