@@ -219,8 +219,13 @@ def test_a_checkpoint_of_another_run_is_refused(adapters: dict[str, str], cut_of
     with pytest.raises(ConfigError, match="other training rows"):
         fit_router(model, PAD, examples(12), examples(4), cut_off, SETTINGS)
     with torch.no_grad():
-        model.lora_layers[0].lora_A[0, 0] += 1
-    with pytest.raises(ConfigError, match="other expert weights"):
+        model.base_model.lm_head.weight[0, 0] += 1
+    with pytest.raises(ConfigError, match=r"another run \(other base weights\)"):
+        fit_router(model, PAD, examples(), examples(4), cut_off, SETTINGS)
+    model = fresh_model(tiny_base(), adapters, SETTINGS)
+    with torch.no_grad():
+        model.lora_layers[0].lora_A[-1, -1] += 1
+    with pytest.raises(ConfigError, match=r"another run \(other expert weights\)"):
         fit_router(model, PAD, examples(), examples(4), cut_off, SETTINGS)
 
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from tests.tiny_models import tiny_base, tiny_xlora, write_experts
 from tests.training_models import (
@@ -85,6 +86,12 @@ def test_the_loss_of_a_pass_is_the_models_own(tmp_path: Path) -> None:
     ).loss
     torch.testing.assert_close(answers.losses.mean(), expected, rtol=1e-5, atol=1e-5)
     assert answers.domains.tolist() == [0] * len(answers.losses)
+    # The scalings are those of the token before each answer token.
+    latest = model.get_latest_scalings()
+    assert latest is not None
+    writers = (batch.labels[:, 1:] != -100).nonzero()
+    by_hand = torch.stack([latest[b, t] for b, t in writers.tolist()])
+    torch.testing.assert_close(answers.scalings, by_hand)
 
 
 @pytest.mark.parametrize("router", ["classifier", "per_layer"])
@@ -347,6 +354,15 @@ def test_nothing_to_train_is_an_error(adapters: dict[str, str], tmp_path: Path) 
     model = fresh_model(tiny_base(), adapters, ROUTER)
     model.requires_grad_(False)
     with pytest.raises(ConfigError, match="nothing can learn"):
+        train_router(model, PAD, examples(), [], tmp_path, ROUTER)
+
+
+def test_several_processes_are_refused(
+    adapters: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TrainingArguments, "world_size", 2)
+    model = fresh_model(tiny_base(), adapters, ROUTER)
+    with pytest.raises(ConfigError, match="training runs in one process, this is one of 2"):
         train_router(model, PAD, examples(), [], tmp_path, ROUTER)
 
 

@@ -17,6 +17,7 @@ from xlora_core.config.training import ExpertTrainConfig
 from xlora_core.errors import ConfigError
 from xlora_core.training.checkpoints import trainable
 from xlora_core.training.data import Example
+from xlora_core.training.identity import run_identity
 from xlora_core.training.log import TrainingLog
 from xlora_core.training.losses import answer_positions, backbone_losses
 from xlora_core.training.progress import Progress
@@ -95,6 +96,7 @@ def train_expert(
     """
     peft = import_peft()
     out = Path(out)
+    run = run_identity(base, train, heldout, settings)
     torch.manual_seed(settings.seed)
     model = peft.get_peft_model(
         base,
@@ -109,7 +111,14 @@ def train_expert(
     try:
         with _uncast_input(peft, model, settings):
             trainer = ExpertTrainer(
-                model, pad_id, train, heldout, work_folder(out), settings, progress=progress
+                model,
+                pad_id,
+                train,
+                heldout,
+                work_folder(out),
+                settings,
+                run=run,
+                progress=progress,
             )
             log = trainer.fit(command=command)
         out.mkdir(parents=True, exist_ok=True)

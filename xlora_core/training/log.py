@@ -29,7 +29,7 @@ class TrainingLog:
             of tokens whose strongest adapter is the right one. Empty for an expert.
         auxiliary_losses: ``[step, {name: value}]``, before their weights; empty without any.
         seconds: Time spent in training steps.
-        run: sha256 of the rows, and of the experts under a router.
+        run: sha256 of base weights and rows, and of the experts under a router.
         versions: Versions of the libraries in use.
     """
 

@@ -27,16 +27,15 @@ from xlora_core.training.data import (
 )
 from xlora_core.training.evaluation import MIXED, evaluate, table
 from xlora_core.training.experts import train_expert
+from xlora_core.training.identity import router_identity, run_identity
 from xlora_core.training.log import LOG_FILE, TrainingLog, finished_run
 from xlora_core.training.progress import LineProgress, Progress, Report, silent
 from xlora_core.training.router import (
     fit_router,
     fresh_model,
     router_examples,
-    router_identity,
     work_folder,
 )
-from xlora_core.training.trainer import run_identity
 
 DEMO = "demo"
 DEMO_BASE_NAME = "SmolLM2-135M-Instruct"
@@ -111,7 +110,7 @@ def run_expert(
     heldout = encode_rows(
         rows["heldout"][settings.domain], tokenizer, settings.max_length, limit=_HELD_OUT_ROWS
     )
-    done = finished_run(out, run_identity(settings, train, heldout))
+    done = finished_run(out, run_identity(base, train, heldout, settings))
     if done is not None:
         progress.note(f"is trained already: {out.name}")
         return done

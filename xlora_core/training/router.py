@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from xlora_core.config import XLoraConfig
@@ -17,6 +15,7 @@ from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.routing import scalings_from_logits
 from xlora_core.training.data import Example, Row, encode_rows, mixed_examples
+from xlora_core.training.identity import router_identity
 from xlora_core.training.log import TrainingLog
 from xlora_core.training.losses import (
     answer_columns,
@@ -26,7 +25,7 @@ from xlora_core.training.losses import (
     label_losses,
 )
 from xlora_core.training.progress import Progress
-from xlora_core.training.trainer import AnswerPass, AnswerTrainer, run_identity
+from xlora_core.training.trainer import AnswerPass, AnswerTrainer
 
 
 class RouterTrainer(AnswerTrainer):
@@ -190,17 +189,6 @@ def work_folder(out: Path) -> Path:
     return out.with_name(f"{out.name}.training")
 
 
-def router_identity(
-    model: XLoraModel,
-    train: Sequence[Example],
-    heldout: Sequence[Example],
-    settings: RouterTrainConfig,
-) -> dict[str, Any]:
-    """Returns what makes a router's run what it is, as ``run_identity``; before training."""
-    experts = {"adapters": list(model.adapter_names), "expert weights": _hash_of_experts(model)}
-    return run_identity(settings, train, heldout, **experts)
-
-
 def router_examples(
     rows: Mapping[str, Sequence[Row]], tokenizer: Any, settings: RouterTrainConfig
 ) -> list[Example]:
@@ -301,12 +289,3 @@ def _check_fits(model: XLoraModel, settings: RouterTrainConfig) -> None:
         )
     if faults:
         raise ConfigError(faults)
-
-
-def _hash_of_experts(model: XLoraModel) -> str:
-    """Returns a sha256 of the experts as they are before training."""
-    digest = hashlib.sha256()
-    for layer in model.lora_layers:
-        for weight in (layer.lora_A, layer.lora_B):
-            digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import math
 import time
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ class AnswerTrainer(SafeCheckpoints):
         heldout: Held-out examples, for the curve; may be empty.
         folder: Folder of the checkpoints.
         settings: How to train.
-        run: What makes the run what it is, as of ``run_identity``; None takes settings and rows.
+        run: What makes the run what it is, as of ``run_identity``.
         domains: The adapters' names, the first domains of the index; others follow.
         progress: Shows how it gets on.
 
@@ -80,14 +79,13 @@ class AnswerTrainer(SafeCheckpoints):
         folder: Path,
         settings: TrainConfig,
         *,
-        run: Mapping[str, Any] | None = None,
+        run: Mapping[str, Any],
         domains: Sequence[str] = (),
         progress: Progress | None = None,
     ) -> None:
         parameters = list(trainable(model).values())
         if not parameters:
             raise ConfigError("no parameter of the model requires a gradient, nothing can learn")
-        run = run or run_identity(settings, train, heldout)
         self.settings = settings
         self.progress = progress or Progress()
         self.checkpoint = checkpoint_to_resume(folder, run)
@@ -306,21 +304,6 @@ class _StepClock(TrainerCallback):
         self.seconds = time.perf_counter() - self._started
 
 
-def run_identity(
-    settings: TrainConfig, train: Sequence[Example], heldout: Sequence[Example], **more: Any
-) -> dict[str, Any]:
-    """Returns what makes a run what it is: its settings, and a sha256 of its rows.
-
-    Args:
-        settings: How to train.
-        train: Training examples.
-        heldout: Held-out examples.
-        more: What else does, plain JSON types.
-    """
-    rows = {"training rows": _hash_of(train), "held-out rows": _hash_of(heldout)}
-    return {"settings": asdict(settings), **rows, **more}
-
-
 def learning_rate_share(step: int, settings: TrainConfig) -> float:
     """Returns a step's share of the peak learning rate, from step 0: warm-up, then cosine."""
     if step < settings.warmup_steps:
@@ -333,6 +316,8 @@ def _arguments(
     model: nn.Module, folder: Path, settings: TrainConfig, *, evaluates: bool, resumed: bool
 ) -> TrainingArguments:
     device = next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # Trainer trains on the current one
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=settings.steps,
@@ -385,10 +370,3 @@ def _checkpointing(model: Any, settings: TrainConfig) -> Iterator[None]:
 def _at_answers(labels: Tensor, values: Tensor) -> Tensor:
     """Returns the values ``[N]`` of the answer tokens, in the order of ``answer_positions``."""
     return values[:, 1:][labels[:, 1:] != IGNORE]
-
-
-def _hash_of(examples: Sequence[Example]) -> str:
-    digest = hashlib.sha256()
-    for example in examples:
-        digest.update(repr((example.input_ids, example.labels, example.domains)).encode())
-    return digest.hexdigest()
