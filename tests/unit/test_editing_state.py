@@ -61,6 +61,19 @@ def test_trained_experts_keep_their_weights_and_go_on_learning(tmp_path: Path) -
     assert all(gradient.abs().sum() > 0 for gradient in gradients.values())
 
 
+def test_experts_frozen_by_hand_stay_frozen(tmp_path: Path) -> None:
+    model = routed_model(tmp_path, use_trainable_adapters=True)
+    path, layer = model.lora_layer_names[0], model.lora_layers[0]
+    layer.requires_grad_(False)
+    model.reorder_adapters(["2", "1", "0"])
+    frozen = [
+        p
+        for p, m in zip(model.lora_layer_names, model.lora_layers, strict=True)
+        if not m.lora_A.requires_grad and not m.lora_B.requires_grad
+    ]
+    assert frozen == [path]
+
+
 def test_what_is_frozen_stays_frozen_and_the_router_learns(
     routed: XLoraModel, tmp_path: Path
 ) -> None:
