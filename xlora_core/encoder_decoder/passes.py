@@ -19,11 +19,7 @@ from xlora_core.encoder_decoder.base import (
     run_without_head,
 )
 from xlora_core.encoder_decoder.output import XLoraEncoderOutput
-from xlora_core.encoder_decoder.sides import (
-    DecoderSides,
-    TwoSidedScalings,
-    find_sides,
-)
+from xlora_core.encoder_decoder.sides import DecoderSides, TwoSidedScalings, find_sides
 from xlora_core.errors import ModelError
 from xlora_core.layers import ModuleScalings, TokenScalings
 from xlora_core.passes import HEAD_ARGUMENTS, ScalingPassOutput, XLoraPasses, accepted
@@ -38,8 +34,8 @@ class XLoraEncoderDecoder(XLoraPasses):
     """
 
     is_encoder_decoder: bool
-    _edition: int
     encoder_scalings_log: ScalingsLog
+    _edition: int
     _sides: DecoderSides | None
 
     def _set_up_encoder_decoder(self) -> None:
