@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from xlora_core import merge
 from xlora_core.adapters import LoraAdapter, read_adapter
 from xlora_core.checkpoint import (
     Checkpoint,
@@ -35,11 +34,12 @@ from xlora_core.layers import ActiveScalings, XLoraLayer, compute_device
 from xlora_core.replacing import replace_adapted_modules
 from xlora_core.saved_modules import as_saved_module
 from xlora_core.scalings_log import ScalingsLog
+from xlora_core.unloading import XLoraUnloading
 
 _logger = logging.getLogger(__name__)
 
 
-class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
+class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnloading):
     """A frozen language model, K LoRA experts on it, and the classifier that mixes them.
 
     ``forward`` runs two passes: the scaling pass (adapters at ``scaling_pass_value``) gives the
@@ -345,39 +345,7 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing):
     def _caches_by_default(self) -> bool:
         return self.can_generate() and bool(getattr(self.base_model.config, "use_cache", False))
 
-    # ---------------------------------------------------------------- merging and training
-
-    def merge_and_unload(self, weights: merge.MergeWeights = None) -> PreTrainedModel:
-        """Returns the base model as a plain Hugging Face model with the experts baked in.
-
-        The merge is a constant mixture: it cannot route. The base model is changed in place,
-        so this object is spent afterwards and refuses to run.
-
-        Args:
-            weights: None is the uniform merge (1/K each); a mapping adapter name -> weight; or
-                numbers of shape ``[K]``, or ``[L, K]`` for weights per module.
-
-        Raises:
-            ConfigError: For an unknown name, a wrong shape, or a weight that is not finite.
-        """
-        self._check_not_merged()
-        matrix = merge.weight_matrix(weights, self.adapter_names, len(self._layers))
-        merge.merge_layers(self.base_model, self._layers, matrix)
-        if self._head_is_adapted:
-            # Else loading what was saved would tie the head to the embedding again.
-            self.base_model.config.get_text_config().tie_word_embeddings = False
-        self._merged = True
-        merged: PreTrainedModel = self.base_model
-        return merged
-
-    def unload(self) -> PreTrainedModel:
-        """Returns the base model as it was, without experts; this object is spent afterwards."""
-        self._check_not_merged()
-        for path, layer in self._layers.items():
-            self.base_model.set_submodule(path, layer.base_layer)
-        self._merged = True
-        plain: PreTrainedModel = self.base_model
-        return plain
+    # ---------------------------------------------------------------- training
 
     def activation_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
         """Turns gradient checkpointing on; unlike in PEFT, the classifier still learns."""

@@ -286,6 +286,8 @@ def test_an_engines_model_is_edited_once_it_is_closed(tmp_path: Path) -> None:
             lambda: model.rename_adapter("math", "x"),
             lambda: model.reorder_adapters(["verse", "code", "math"]),
             lambda: model.add_adapter("x", tmp_path / "nowhere"),
+            model.merge_and_unload,
+            model.unload,
         ):
             with pytest.raises(ModelError, match="an Engine runs this model") as caught:
                 edit()

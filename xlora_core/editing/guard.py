@@ -36,9 +36,9 @@ class EditGuard:
         """
         if self._n_holders:
             raise ModelError(
-                "an Engine runs this model, its adapters cannot be edited meanwhile: requests in "
+                "an Engine runs this model, its adapters cannot be changed meanwhile: requests in "
                 "the queue were checked against them, and runs name them",
-                hint="close the engine (engine.close()), edit, and make a new Engine",
+                hint="close the engine (engine.close()), change them, and make a new Engine",
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EditGuard:
