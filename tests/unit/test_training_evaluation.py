@@ -33,7 +33,10 @@ def test_it_knows_the_right_expert(model: XLoraModel) -> None:
     rows = {d: [row(f"{i}", "abc", d) for i in range(4)] for d in ("0", "1")}
     groups = {d: encode_rows(rows[d], tokenizer, 60) for d in rows}
     groups["mixed"] = mixed_examples(rows, tokenizer, 60, 4)
-    results = evaluate(model, groups, PAD)
+    lines: list[str] = []
+    results = evaluate(model, groups, PAD, report=lines.append)
+    assert lines[1].startswith(f"1: {results['1'].tokens} tokens, base ")
+    assert lines[1].endswith("; right expert leads 100%")
     assert results["0"].right_mass == pytest.approx(0.2, abs=1e-4)
     assert results["1"].right_mass == pytest.approx(0.8, abs=1e-4)
     assert results["0"].mass == {"0": pytest.approx(0.2), "1": pytest.approx(0.8)}
@@ -43,11 +46,11 @@ def test_it_knows_the_right_expert(model: XLoraModel) -> None:
         assert losses["right"] == losses[f"expert:{domain}"]
         assert len({losses[arm] for arm in ("base", "uniform", "routed")}) == 3
     assert 0 < (results["mixed"].right_top or 0) < 1
-    lines = table({n: vars(r) for n, r in results.items()}).splitlines()
-    assert lines[0].startswith(
+    rows_of_table = table({n: vars(r) for n, r in results.items()}).splitlines()
+    assert rows_of_table[0].startswith(
         "| domain | tokens | base | uniform | expert:0 | expert:1 | routed |"
     )
-    assert len({line.count("|") for line in lines}) == 1
+    assert len({line.count("|") for line in rows_of_table}) == 1
 
 
 def test_the_losses_are_those_of_the_model_itself(model: XLoraModel) -> None:

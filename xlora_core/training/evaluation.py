@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -84,8 +84,15 @@ def evaluate(
             entropy=means["entropy"],
             mass={adapter: means[f"mass:{adapter}"] for adapter in names},
         )
-        report(f"{name}: {asdict(results[name])}")
+        report(_in_short(name, results[name]))
     return results
+
+
+def _in_short(name: str, result: DomainResult) -> str:
+    losses = result.losses
+    shown = ", ".join(f"{arm} {losses[arm]:.3f}" for arm in ("base", "uniform", "routed"))
+    leads = "" if result.right_top is None else f"; right expert leads {result.right_top:.0%}"
+    return f"{name}: {result.tokens} tokens, {shown} nats a token{leads}"
 
 
 def _add_batch(model: XLoraModel, batch: Batch, sums: RoutingSums) -> dict[str, float]:
