@@ -251,8 +251,7 @@ def test_another_cache_implementation_is_refused(model: XLoraModel, name: str) -
     with pytest.raises(ModelError) as caught:
         generate(model, tiny_prompt(), cache_implementation=name)
     assert (
-        caught.value.message
-        == f"cache_implementation='{name}' cannot serve the passes of X-LoRA"
+        caught.value.message == f"cache_implementation='{name}' cannot serve the passes of X-LoRA"
     )
     assert caught.value.hint == "leave cache_implementation out"
 
