@@ -77,12 +77,14 @@ def same_bits(a: XLoraModel, b: XLoraModel) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-@pytest.mark.parametrize("train_adapters", [False, True])
-@pytest.mark.parametrize("cut_at", [1, 3])
+@pytest.mark.parametrize(
+    ("router", "train_adapters", "cut_at"),
+    [("classifier", False, 1), ("classifier", True, 3), ("per_layer", True, 1)],
+)
 def test_an_interrupted_run_goes_on_bit_for_bit(
-    adapters: dict[str, str], tmp_path: Path, train_adapters: bool, cut_at: int
+    adapters: dict[str, str], tmp_path: Path, router: str, train_adapters: bool, cut_at: int
 ) -> None:
-    settings = replace(SETTINGS, train_adapters=train_adapters)
+    settings = replace(SETTINGS, train_adapters=train_adapters, router=router)
     whole, log = fit(adapters, tmp_path / "whole", settings)
     progress = CallAt(cut_at, interrupted)
     with pytest.raises(KeyboardInterrupt):

@@ -125,11 +125,11 @@ def _add_batch(model: XLoraModel, batch: Batch, sums: RoutingSums) -> dict[str, 
     }
     losses = {}
     for arm, scalings in arms.items():
-        logits = model.main_pass(scalings=scalings, **inputs).logits
+        logits = model.main_pass(scalings=scalings, **inputs).logits.to(device)
         losses[arm] = float(column_losses(logits, batch.labels, columns).sum())
     logits, router_logits = routed_call(model, **inputs)
-    losses["routed"] = float(column_losses(logits, batch.labels, columns).sum())
-    routed = model.route(router_logits)  # [B, T, L or 1, K]
+    losses["routed"] = float(column_losses(logits.to(device), batch.labels, columns).sum())
+    routed = model.route(router_logits).to(device)  # [B, T, L or 1, K]
     sums.add(routed[rows, writers], right[rows, writers])
     return losses
 

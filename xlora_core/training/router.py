@@ -84,9 +84,9 @@ class RouterTrainer(AnswerTrainer):
             use_cache=False,
         )
         rows, writers = answer_positions(labels).unbind(dim=1)
-        at_answers = router_logits[rows, writers]  # [N, L, K]
+        at_answers = router_logits.to(labels.device)[rows, writers]  # [N, L, K]
         return AnswerPass(
-            losses=column_losses(logits, labels, columns),
+            losses=column_losses(logits.to(labels.device), labels, columns),
             domains=inputs["domains"][rows, writers + 1],
             scalings=_scalings(self.model, at_answers),
         )
