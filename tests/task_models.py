@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,6 +135,8 @@ def task_base(name: str, seed: int = 0) -> PreTrainedModel:
     """Returns a task's model in float64, random weights large enough to matter."""
     torch.manual_seed(seed)
     model = TASKS[name].build()
+    # The models of a task share a config, and saving one writes its dtype there.
+    model.config = copy.deepcopy(model.config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim >= 2:

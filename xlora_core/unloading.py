@@ -6,6 +6,7 @@ from transformers.modeling_utils import PreTrainedModel
 
 from xlora_core import merge
 from xlora_core.editing import EditGuard
+from xlora_core.layers import XLoraLayer
 from xlora_core.passes import XLoraPasses
 
 
@@ -22,7 +23,8 @@ class XLoraUnloading(XLoraPasses):
 
         Args:
             weights: None is the uniform merge (1/K each); a mapping adapter name -> weight; or
-                numbers of shape ``[K]``, or ``[L, K]`` for weights per module.
+                numbers of shape ``[K]``, or ``[L, K]`` for weights per module; or a frozen
+                mixture, whose names must be the model's.
 
         Raises:
             ConfigError: For an unknown name, a wrong shape, or a weight that is not finite.
@@ -30,9 +32,10 @@ class XLoraUnloading(XLoraPasses):
         """
         self._check_not_merged()
         self.edit_guard.check()
-        matrix = merge.weight_matrix(weights, self.adapter_names, len(self._layers))
+        matrix = merge.weight_matrix(weights, self.adapter_names, self.lora_layer_names)
+        embedding = self.base_model.get_input_embeddings()
         merge.merge_layers(self.base_model, self._layers, matrix)
-        if self._head_is_adapted:
+        if self._head_is_adapted or isinstance(embedding, XLoraLayer):
             # Else loading what was saved would tie the head to the embedding again.
             self.base_model.config.get_text_config().tie_word_embeddings = False
         self._merged = True

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from tests.tiny_models import families, tiny_base, tiny_prompt, tiny_xlora, write_lora
+from xlora_core.adapters import LoraAdapter, LoraWeights
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import ConfigError, ModelError
 from xlora_core.layers import XLoraLinear
@@ -136,6 +137,26 @@ def test_a_tied_head_comes_back_untied(tmp_path: Path, family: str) -> None:
     assert torch.equal(merged.get_input_embeddings().weight, before)
     assert not torch.equal(merged.get_output_embeddings().weight, before)
     # Loading it must not tie them again.
+    assert merged.config.tie_word_embeddings is False
+    merged.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits_of(again), logits_of(merged))
+
+
+def test_an_adapted_embedding_leaves_the_head_as_it_was(tmp_path: Path) -> None:
+    base = tiny_base("gpt2")
+    weights = LoraWeights(
+        lora_A=torch.randn(2, 97), lora_B=torch.randn(32, 2), lora_scaling=0.5, embedding=True
+    )
+    adapter = LoraAdapter(
+        name="a", config={}, modules={"transformer.wte": weights}, dtype=torch.float32
+    )
+    model = XLoraModel(base, XLoraConfig(), [adapter]).eval()
+    head = base.get_output_embeddings().weight.clone()
+    expected = model.main_pass(input_ids=tiny_prompt(), scalings=torch.ones(1)).logits
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged), expected, atol=3e-5, rtol=0)
+    assert torch.equal(merged.get_output_embeddings().weight, head)
     assert merged.config.tie_word_embeddings is False
     merged.save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()

@@ -13,7 +13,7 @@ from tests.gated_models import gated_xlora
 from tests.recorded_runs import ADAPTERS, ALL_ARMS, LAYERS, PRESENT, expected_scalings, make_run
 from tests.seq2seq_models import seq2seq_xlora
 from tests.tiny_chat import tiny_chat_xlora, tiny_tokenizer
-from tests.tiny_models import tiny_base, write_lora
+from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_lora
 from xlora_core import Arm, Engine, RoutingKnobs, SamplingParams, XLoraConfig, XLoraModel
 from xlora_core.errors import ConfigError, ModelError, PromptError
 from xlora_core.freezing import (
@@ -375,3 +375,17 @@ def test_unreadable_files_are_refused(tmp_path: Path) -> None:
         FrozenMixture.load(path)
     with pytest.raises(ConfigError, match="cannot be written"):
         mixture().save(tmp_path / "none" / "mixture.json")
+
+
+def test_a_model_is_merged_by_a_mixture_of_its_own_names_only(tmp_path: Path) -> None:
+    model = tiny_xlora(tmp_path, dtype=torch.float64)
+    names, layers = list(model.adapter_names), list(model.lora_layer_names)
+    weights = torch.rand(len(layers), len(names), dtype=torch.float64)
+    other = FrozenMixture(adapter_names=names[::-1][:2], layer_names=layers, weights=weights[:, :2])
+    with pytest.raises(ConfigError):
+        model.merge_and_unload(other)
+    with torch.no_grad():
+        expected = model.main_pass(input_ids=tiny_prompt(), scalings=weights).logits
+        mixture = FrozenMixture(adapter_names=names, layer_names=layers, weights=weights)
+        found = model.merge_and_unload(mixture)(input_ids=tiny_prompt()).logits
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=0)
