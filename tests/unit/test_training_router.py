@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +11,15 @@ from typing import Any, cast
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
 
-from tests.tiny_models import tiny_base, tiny_xlora, write_experts
+from tests.tiny_models import tiny_base, tiny_xlora, write_experts, write_lora
 from tests.training_models import (
     PAD,
     ROUTER,
@@ -378,6 +385,58 @@ def test_a_run_that_diverges_says_so(adapters: dict[str, str], tmp_path: Path) -
             model, PAD, examples(), [], tmp_path / "out", ROUTER, progress=CallAt(3, spoil)
         )
     assert "lower learning rate" in caught.value.hint
+
+
+def encoder_decoder() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=97,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        decoder_start_token_id=0,
+    )
+    return T5ForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make", [tiny_base, encoder_decoder])
+def test_a_plain_trainer_trains_a_router_too(
+    tmp_path: Path, make: Callable[[], PreTrainedModel]
+) -> None:
+    base = make()
+    targets = ("q_proj", "v_proj", "q", "v")
+    adapters = {n: str(write_lora(tmp_path / n, base, targets, seed=i)) for i, n in enumerate("ab")}
+    model = XLoraModel.from_base(base, XLoraConfig(adapters=adapters, layerwise_scalings=True))
+    before = weights_of(model)
+    row = {"input_ids": torch.arange(3, 12), "labels": torch.arange(3, 12)}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path / "out"),
+        max_steps=8,
+        learning_rate=0.05,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=[row] * 8)  # type: ignore[arg-type]
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0] - 0.01
+    assert {n for n, p in model.named_parameters() if not torch.equal(p, before[n])} == routers_of(
+        model
+    )
+
+
+def test_routers_of_encoder_decoders_are_left_to_it(tmp_path: Path) -> None:
+    base = encoder_decoder()
+    adapters = {"a": str(write_lora(tmp_path / "a", base, ("q", "v")))}
+    model = XLoraModel.from_base(base, XLoraConfig(adapters=adapters))
+    with pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder") as e:
+        train_router(model, PAD, examples(), [], tmp_path / "out", ROUTER)
+    assert "transformers.Trainer itself" in e.value.hint
 
 
 def test_the_mixture_has_as_many_rows_of_each_domain() -> None:

@@ -125,7 +125,10 @@ def train_router(
 
     Whatever requires a gradient learns: the classifier, or the gates of a per-layer router; with
     ``use_trainable_adapters`` the experts, too. Goes on from ``<out>.training`` when a run with
-    the same settings, rows and experts was cut off there.
+    the same settings, rows, base and experts was cut off there.
+
+    Frozen experts are written as the model holds them, that is rounded under a bfloat16 base;
+    ``recipes.run_router`` writes them as they were.
 
     Args:
         model: The model; trained in place, left in evaluation mode.
