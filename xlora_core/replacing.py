@@ -54,7 +54,9 @@ def replace_adapted_modules(
     dropouts = {index: adapter.dropout for index, adapter in enumerate(adapters)}
     fallback = getattr(model, "dtype", torch.float32)
     replaced: dict[str, XLoraLayer] = {}
-    for layer_index, path in enumerate(adapted_paths(model, adapters)):
+    paths = adapted_paths(model, adapters)
+    check_bases_are_here(model, adapters)
+    for layer_index, path in enumerate(paths):
         base_layer = model.get_submodule(path)
         dtype = compute_dtype(base_layer, fallback)
         experts = {k: _weights(a, path, base_layer) for k, a in enumerate(adapters)}
@@ -82,6 +84,22 @@ def _weights(adapter: LoraAdapter, path: str, module: nn.Module) -> LoraWeights 
     if path in adapter.saved_modules:
         return as_lora_weights(adapter.saved_modules[path], module)
     return adapter.modules.get(path)
+
+
+def check_bases_are_here(model: nn.Module, adapters: Sequence[LoraAdapter]) -> None:
+    """Raises if a wholly trained module's base weight, which it is compared with, is elsewhere.
+
+    Raises:
+        AdapterError: Naming adapter and module.
+    """
+    for adapter in adapters:
+        for path in adapter.saved_modules:
+            if next(model.get_submodule(path).parameters()).is_meta:
+                raise AdapterError(
+                    f"adapter {adapter.name!r}, module {path}: the adapter brings a module of its "
+                    "own (modules_to_save), and the base model's is not in memory",
+                    hint="load the base model so that this module is not offloaded",
+                )
 
 
 def _check_is_there(name: str, path: str, module: nn.Module | None, model_class: str) -> None:

@@ -24,7 +24,8 @@ def as_lora_weights(saved: SavedModule, module: nn.Module) -> LoraWeights:
 
     Args:
         saved: The module as an adapter trained it.
-        module: The base module, a plain linear layer or embedding.
+        module: The base module, a plain linear layer or embedding. Without data (on ``meta``)
+            it gives a pair without data, which has the shapes that the true one would have.
 
     Raises:
         AdapterError: If the module is of another kind or shape.
@@ -47,7 +48,7 @@ def as_lora_weights(saved: SavedModule, module: nn.Module) -> LoraWeights:
             hint="load the base model with as many labels (num_labels) or tokens as the adapter's",
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
-    delta = saved.weight.to(wide) - weight.detach().to("cpu", wide)
+    delta = _difference(saved.weight, weight, wide)
     # Both layouts, [num_embeddings, dim] and Conv1D's [in, out], are B A turned round.
     turned = isinstance(module, nn.Embedding | Conv1D)
     matrix = delta.T if turned else delta  # [out, in]
@@ -74,8 +75,13 @@ def _bias_difference(saved: SavedModule, module: nn.Module, dtype: torch.dtype) 
             "the saved module and the model's differ in their bias",
             hint="load the base model the adapter was trained on",
         )
-    difference: Tensor = saved.bias.to(dtype) - base.detach().to("cpu", dtype)
-    return difference
+    return _difference(saved.bias, base, dtype)
+
+
+def _difference(saved: Tensor, base: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns ``saved - base``, on the CPU if there is a base to take it from."""
+    place = "meta" if base.is_meta else "cpu"
+    return saved.to(place, dtype) - base.detach().to(place, dtype)
 
 
 def as_saved_module(layer: XLoraLayer, adapter_index: int) -> SavedModule:

@@ -163,16 +163,25 @@ def test_an_ordering_file(places: Path, tmp_path: Path, capsys: Capture) -> None
     assert not torch.allclose(expected, logits(places / "original"), atol=1e-3)
 
 
-def test_experts_with_more_than_linear_layers(places: Path, tmp_path: Path) -> None:
-    """PEFT saves the embedding's own weight beside the adapter's."""
-    settings = LoraConfig(
-        task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens", "q_proj"], lora_bias=False
-    )
+@pytest.mark.parametrize(
+    "targets",
+    [
+        # PEFT saves the embedding's own weight beside the adapter's.
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        # The difference from the base's head cannot be taken where there are only its shapes.
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+    ],
+    ids=["embedding", "whole head"],
+)
+def test_experts_with_more_than_linear_layers(
+    targets: dict[str, list[str]], places: Path, tmp_path: Path
+) -> None:
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, **targets)
     torch.manual_seed(0)
     trained = get_peft_model(tiny_base(), settings)
     with torch.no_grad():
-        for name, parameter in trained.named_parameters():
-            if "lora_" in name:
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
                 parameter.normal_(0, 0.1)
     trained.save_pretrained(tmp_path / "expert")
     config = XLoraConfig(adapters={"a": str(tmp_path / "expert")}, layerwise_scalings=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from tests.tiny_models import tiny_base
-from xlora_core.adapters import LoraAdapter, LoraWeights
+from xlora_core.adapters import LoraAdapter, LoraWeights, SavedModule
 from xlora_core.errors import AdapterError
 from xlora_core.layers import ActiveScalings, linear_features, merged_layer
 from xlora_core.replacing import replace_adapted_modules
@@ -91,6 +92,15 @@ def test_weights_of_another_kind_than_the_module() -> None:
         "adapter 'a', module model.embed_tokens: the module is of class Embedding, the adapter "
         "has no embedding's weights for it"
     )
+
+
+def test_a_whole_module_whose_base_is_not_in_memory() -> None:
+    """The weights of an offloaded base rest on ``meta`` until a layer runs."""
+    model = tiny_base()
+    model.lm_head.to("meta")
+    head = SavedModule(weight=torch.zeros(97, 32))
+    whole = replace(adapter("math", {FIRST: (32, 32)}), saved_modules={"lm_head": head})
+    assert "adapter 'math', module lm_head: " in refusal(model, whole).message
 
 
 def test_a_module_that_carries_experts_already() -> None:

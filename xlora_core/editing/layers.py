@@ -13,7 +13,7 @@ from xlora_core.adapters import LoraAdapter, LoraWeights
 from xlora_core.errors import AdapterError
 from xlora_core.layers import ActiveScalings, XLoraLayer, adapted_layer_class
 from xlora_core.layers.experts import compute_dtype
-from xlora_core.replacing import adapted_paths
+from xlora_core.replacing import adapted_paths, check_bases_are_here
 from xlora_core.saved_modules import as_lora_weights
 
 Source = int | LoraAdapter
@@ -133,6 +133,7 @@ def _check_fits(plain: nn.Module, adapter: LoraAdapter) -> None:
     if not adapter.paths:
         raise AdapterError(f"adapter {adapter.name!r} changes no module")
     adapted_paths(plain, [adapter])
+    check_bases_are_here(plain, [adapter])
 
 
 def _weights(adapter: LoraAdapter, path: str, module: nn.Module) -> LoraWeights:
