@@ -146,8 +146,8 @@ class XLoraControls(AdapterSteering):
     def disable_adapter(self) -> Iterator[None]:
         """Switches the adapters off for the length of a ``with`` block: the base model alone.
 
-        In this thread only; what other threads run meanwhile is not affected. Nothing is logged,
-        and a cache filled inside the block cannot be gone on with outside.
+        In this thread only; what other threads run meanwhile is not affected. Nothing is logged.
+        A cache filled inside the block cannot be gone on with outside, nor one of outside inside.
         """
         with self.active_scalings.disable():
             yield

@@ -95,10 +95,16 @@ class RoutedCache(Cache):
                 switched off.
 
         Raises:
-            ModelError: If the adapters were edited since, or switched off for some of the
-                tokens, or if an earlier call failed half way.
+            ModelError: If the adapters were edited, or switched off or on, since the cache was
+                filled, or if an earlier call failed half way.
         """
         if edition is None:
+            if self.get_seq_length() and not self._without_adapters:
+                raise ModelError(
+                    "this cache was filled while the adapters were on; its keys and values are "
+                    "not the base model's",
+                    hint="start again with model.new_cache()",
+                )
             self._without_adapters = True
             return
         if self.get_seq_length() and self._without_adapters:

@@ -127,12 +127,15 @@ def test_a_cache_of_inside_goes_on_inside_and_is_refused_outside(
     model(input_ids=IDS, past_key_values=cache)
 
 
-def test_a_cache_of_outside_is_spent_once_it_was_used_inside(model: XLoraModel) -> None:
-    cache = model(input_ids=IDS[:, :-2], use_cache=True).past_key_values
-    with model.disable_adapter():
-        model(input_ids=IDS[:, -2:-1], past_key_values=cache)
-    with pytest.raises(ModelError, match="filled while the adapters were switched off"):
+def test_a_cache_of_outside_is_refused_inside_and_goes_on_outside(
+    model: XLoraModel, routed: Tensor
+) -> None:
+    cache = model(input_ids=IDS[:, :-1], use_cache=True).past_key_values
+    refused = pytest.raises(ModelError, match="filled while the adapters were on")
+    with refused, model.disable_adapter():
         model(input_ids=IDS[:, -1:], past_key_values=cache)
+    step = model(input_ids=IDS[:, -1:], past_key_values=cache).logits
+    torch.testing.assert_close(step[:, 0], routed[:, -1], atol=1e-10, rtol=0)
 
 
 def test_nothing_learns_inside_and_nothing_is_frozen_by_it(model: XLoraModel) -> None:
