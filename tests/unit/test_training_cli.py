@@ -6,6 +6,7 @@ import io
 import json
 import re
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +165,15 @@ def test_train_refuses_with_a_hint(
     command = ["train", "--adapters", f"sums={tmp_path}", "--data", rows, "--base", base]
     assert message in refused(capsys, *command, "--out", str(tmp_path / "out"), *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_missing_peft_is_told_before_the_work(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    expert = ["train-expert", "--name", "x", "--data", "no.jsonl", "--base", "no/such/model"]
+    err = refused(capsys, *expert, "--out", str(tmp_path / "out"))
+    assert "hint: pip install 'xlora-explorer[train]'" in err
 
 
 def test_bad_rows_are_named_by_line(base: str, tmp_path: Path, capsys: Capture) -> None:

@@ -39,6 +39,7 @@ from xlora_core.training.router import (
     routed_call,
     router_examples,
     train_router,
+    work_folder,
 )
 from xlora_core.training.trainer import learning_rate_share
 
@@ -437,6 +438,12 @@ def test_routers_of_encoder_decoders_are_left_to_it(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="T5ForConditionalGeneration is an encoder-decoder") as e:
         train_router(model, PAD, examples(), [], tmp_path / "out", ROUTER)
     assert "transformers.Trainer itself" in e.value.hint
+
+
+def test_checkpoints_lie_beside_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert work_folder(Path("a/b/")) == tmp_path / "a" / "b.training"
+    assert work_folder(Path()) == tmp_path.with_name(f"{tmp_path.name}.training")
 
 
 def test_the_mixture_has_as_many_rows_of_each_domain() -> None:

@@ -26,7 +26,7 @@ from xlora_core.training.data import (
     read_splits,
 )
 from xlora_core.training.evaluation import MIXED, evaluate, table
-from xlora_core.training.experts import train_expert
+from xlora_core.training.experts import import_peft, train_expert
 from xlora_core.training.identity import router_identity, run_identity
 from xlora_core.training.log import LOG_FILE, TrainingLog, finished_run
 from xlora_core.training.progress import LineProgress, Progress, Report, silent
@@ -94,9 +94,11 @@ def run_expert(
     """Trains one expert, unless ``out`` holds the same already.
 
     Raises:
-        ConfigError: If ``out`` holds the result of another run, or there are no rows.
+        ConfigError: If ``out`` holds the result of another run, there are no rows, or peft is
+            missing.
     """
     progress = progress or Progress()
+    import_peft()  # before the work that would be lost
     rows = read_splits(source.data, [settings.domain], source.heldout)
     base, tokenizer = source.load(settings.dtype)
     train = encode_rows(

@@ -189,6 +189,7 @@ def fit_router(
 
 def work_folder(out: Path) -> Path:
     """Returns where a run that writes to ``out`` keeps its checkpoints."""
+    out = out.resolve()  # "." has no name of its own
     return out.with_name(f"{out.name}.training")
 
 
