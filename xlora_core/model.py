@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers.modeling_utils import PreTrainedModel
 
-from xlora_core.adapters import LoraAdapter, read_adapter
+from xlora_core.adapters import LoraAdapter, exact_dtype, read_adapter
 from xlora_core.checkpoint import (
     Checkpoint,
     base_identity,
@@ -198,18 +198,19 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnload
         """Returns the experts as they are now, trained further or not."""
         experts = {path: layer.experts() for path, layer in self._layers.items()}
         trained = self._config_xlora.use_trainable_adapters
-        return [
-            LoraAdapter(
+        current = []
+        for k, name in enumerate(self.adapter_names):
+            config, dtype, saved = self._adapter_configs[k]
+            modules = {p: e[k] for p, e in experts.items() if k in e and p not in saved}
+            adapter = LoraAdapter(
                 name=name,
                 config=config,
-                modules={p: e[k] for p, e in experts.items() if k in e and p not in saved},
-                dtype=torch.float32 if trained else dtype,
+                modules=modules,
+                dtype=exact_dtype(modules.values(), torch.float32 if trained else dtype),
                 saved_modules={path: as_saved_module(self._layers[path], k) for path in saved},
             )
-            for k, (name, (config, dtype, saved)) in enumerate(
-                zip(self.adapter_names, self._adapter_configs, strict=True)
-            )
-        ]
+            current.append(adapter)
+        return current
 
     # ---------------------------------------------------------------- what it is
 
@@ -352,7 +353,11 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnload
         self.base_model.activation_checkpointing_enable(*args, **kwargs)
         carry_scalings_into_checkpoints(self.base_model, self.active_scalings)
 
-    gradient_checkpointing_enable = activation_checkpointing_enable
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Turns gradient checkpointing on, under transformers' older name for it."""
+        self.activation_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
 
 def _with_hidden_size(config: XLoraConfig, base_model: PreTrainedModel) -> XLoraConfig:

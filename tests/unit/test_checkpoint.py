@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import PeftModel
 
-from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_lora
+from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts, write_lora
 from xlora_core.checkpoint import CLASSIFIER_FILE, HEADER_FILE, files, own_layout
 from xlora_core.config import AdapterOverride, XLoraConfig
 from xlora_core.errors import CheckpointError
@@ -160,6 +160,27 @@ def test_trained_experts_are_saved_as_trained(tmp_path: Path) -> None:
     again = XLoraModel.from_pretrained(tiny_base(), tmp_path / "saved").eval()
     assert torch.equal(logits(again), trained)
     assert again.lora_layers[0].lora_A.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("of_file", "of_model"),
+    [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)],
+)
+@pytest.mark.parametrize("learns_on", [True, False])
+def test_trained_experts_keep_every_digit(
+    tmp_path: Path, of_file: torch.dtype, of_model: torch.dtype, learns_on: bool
+) -> None:
+    """Training gives weights digits that the dtype of their file has no room for."""
+    adapters = write_experts(tmp_path, dtype=of_file)
+    config = XLoraConfig(adapters=adapters, use_trainable_adapters=True)
+    model = XLoraModel.from_base(tiny_base(dtype=of_model), config)
+    with torch.no_grad():
+        for layer in model.lora_layers:
+            layer.lora_B.mul_(1.2345678)
+    model.set_use_trainable_adapters(learns_on)
+    model.save_pretrained(tmp_path / "saved")
+    again = XLoraModel.from_pretrained(tiny_base(dtype=of_model), tmp_path / "saved")
+    assert torch.equal(logits(again), logits(model))
 
 
 def test_peft_reads_the_experts(saved: Path, model: XLoraModel) -> None:

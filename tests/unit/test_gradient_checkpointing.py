@@ -86,8 +86,11 @@ def test_an_inference_call_between_forward_and_backward_disturbs_nothing(
     [
         lambda model: model.base_model.activation_checkpointing_enable({"use_reentrant": True}),
         lambda model: model.gradient_checkpointing_enable({"use_reentrant": True}),
+        lambda model: model.gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": True}
+        ),
     ],
-    ids=["base model", "old name"],
+    ids=["base model", "old name", "old name and argument"],
 )
 def test_other_ways_to_turn_it_on(tmp_path: Path, enable_on: Callable[[XLoraModel], None]) -> None:
     model = tiny_xlora(tmp_path, dtype=torch.float64).train()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,3 +78,17 @@ class LoraAdapter:
     def dropout(self) -> float:
         """Dropout on the adapter's input while it trains, in [0, 1)."""
         return float(self.config.get("lora_dropout") or 0.0)
+
+
+def exact_dtype(weights: Iterable[LoraWeights], dtype: torch.dtype) -> torch.dtype:
+    """Returns the dtype to keep weights in: ``dtype`` if it holds them bit by bit, else wider.
+
+    Weights that were trained since they were read have more digits than their file had.
+    """
+    tensors = [t for w in weights for t in (w.lora_A, w.lora_B, w.bias) if t is not None]
+    if all(torch.equal(tensor.to(dtype).to(tensor.dtype), tensor) for tensor in tensors):
+        return dtype
+    exact = torch.float32
+    for tensor in tensors:
+        exact = torch.promote_types(exact, tensor.dtype)
+    return exact
