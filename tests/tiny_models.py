@@ -126,8 +126,12 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
     b_scale: float = 0.1,
     config: Mapping[str, object] | None = None,
+    saved: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
-    """Writes a random LoRA in PEFT's folder format for the modules whose name ends so."""
+    """Writes a random LoRA in PEFT's folder format for the modules whose name ends so.
+
+    ``saved`` are tensors of wholly trained modules, by their names in the base model.
+    """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for path, module in base.named_modules():
@@ -140,6 +144,8 @@ def write_lora(
                 lora_A.to(dtype),
                 lora_B.to(dtype),
             )
+    for name, tensor in (saved or {}).items():
+        tensors[f"base_model.model.{name}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, object] = {
         "peft_type": "LORA",

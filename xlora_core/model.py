@@ -81,7 +81,7 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnload
         check_base(base_model, self._config_xlora)
         # Before anything is replaced: a model that cannot be made leaves its base as it was.
         self.default_knobs.check_names(
-            self.adapter_names, sorted({path for adapter in adapters for path in adapter.modules})
+            self.adapter_names, sorted({path for adapter in adapters for path in adapter.paths})
         )
         frozen = list(base_model.parameters())
         self.active_scalings = ActiveScalings()

@@ -11,7 +11,7 @@ import torch
 
 from tests.pacer import Pacer
 from tests.tiny_chat import EXPERTS, tiny_chat_xlora, tiny_tokenizer
-from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts
+from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts, write_lora
 from xlora_core import AdapterOverride, Arm, Engine, RoutingKnobs, SamplingParams, XLoraConfig
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
@@ -234,6 +234,29 @@ def test_setters_refuse_what_the_model_does_not_have(model: XLoraModel) -> None:
 def test_overrides_reach_the_checkpoint_and_come_back(model: XLoraModel, tmp_path: Path) -> None:
     model.mute_adapter(model.adapter_names[0], ["*.q_proj", "*.v_proj"])
     model.pin_adapter(model.adapter_names[2], 0.25)
+    model.save_pretrained(tmp_path / "checkpoint")
+    again = XLoraModel.from_pretrained(tiny_base(), tmp_path / "checkpoint").eval()
+    assert again.get_adapter_overrides() == model.get_adapter_overrides()
+    torch.testing.assert_close(logits_of(again), logits_of(model))
+
+
+def test_an_override_of_a_wholly_trained_module_comes_back(tmp_path: Path) -> None:
+    """Nothing but a whole head stands in that module."""
+    adapters = {
+        name: str(
+            write_lora(
+                tmp_path / name,
+                tiny_base(),
+                ("q_proj",),
+                seed=seed,
+                config={"modules_to_save": ["lm_head"]},
+                saved={"lm_head.weight": torch.full((97, 32), 0.1 * seed)},
+            )
+        )
+        for seed, name in enumerate(NAMES)
+    }
+    model = XLoraModel.from_base(tiny_base(), XLoraConfig(adapters=adapters)).eval()
+    model.pin_adapter("code", 0.5, "lm_head")
     model.save_pretrained(tmp_path / "checkpoint")
     again = XLoraModel.from_pretrained(tiny_base(), tmp_path / "checkpoint").eval()
     assert again.get_adapter_overrides() == model.get_adapter_overrides()
