@@ -127,6 +127,16 @@ def test_what_a_run_does_not_have_is_refused() -> None:
         freeze_run(make_run(), knobs=RoutingKnobs(top_k=4))
 
 
+def test_tokens_of_an_unknown_kind_are_no_prompt(model: XLoraModel) -> None:
+    wrong: TokenChoice = "answer"  # type: ignore[assignment]  # what is tried here
+    for freeze in (
+        lambda: freeze_run(make_run(), tokens=wrong),
+        lambda: freeze_rows(model, rows(*TEXTS), tokens=wrong),
+    ):
+        with pytest.raises(ConfigError, match="'response', 'prompt', 'all', got 'answer'"):
+            freeze()
+
+
 # ---------------------------------------------------------------- of texts
 
 

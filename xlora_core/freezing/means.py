@@ -12,7 +12,7 @@ from xlora_core.engine.identity import adapter_fingerprints
 from xlora_core.errors import ConfigError, ModelError
 from xlora_core.freezing.evaluation_mode import evaluation_mode
 from xlora_core.freezing.mixture import FrozenMixture
-from xlora_core.freezing.texts import TokenChoice, chosen, length_sorted_batches
+from xlora_core.freezing.texts import TokenChoice, check_choice, chosen, length_sorted_batches
 from xlora_core.model import XLoraModel
 from xlora_core.recording import Run
 from xlora_core.training.data import Example
@@ -34,8 +34,9 @@ def freeze_run(
         knobs: For all tokens, instead of those in force at each token.
 
     Raises:
-        ConfigError: If there is no such arm, no such token, or top-k is larger than K.
+        ConfigError: If there is no such arm, no such (kind of) token, or top-k is larger than K.
     """
+    check_choice(tokens)
     track = run.track(arm)
     rows = {
         "response": slice(track.n_prompt, None),
@@ -85,7 +86,7 @@ def freeze_rows(
 
     Raises:
         ModelError: If the model is an encoder-decoder.
-        ConfigError: If there is no such token, or top-k is larger than K.
+        ConfigError: If there is no such (kind of) token, or top-k is larger than K.
     """
     if model.is_encoder_decoder:
         raise ModelError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -106,9 +106,21 @@ def chosen(batch: Batch, tokens: TokenChoice) -> Tensor:
     Args:
         batch: B rows of T tokens.
         tokens: ``"response"`` (the labelled ones), ``"prompt"`` (the others) or ``"all"``.
+
+    Raises:
+        ConfigError: If ``tokens`` is something else.
     """
+    check_choice(tokens)
     real = batch.attention_mask.bool()
     labelled = batch.labels != IGNORE
     if tokens == "all":
         return real
     return real & (labelled if tokens == "response" else ~labelled)
+
+
+def check_choice(tokens: str) -> None:
+    """Raises ``ConfigError`` unless it is one of ``TokenChoice``."""
+    if tokens not in get_args(TokenChoice):
+        raise ConfigError(
+            f"tokens must be one of {', '.join(map(repr, get_args(TokenChoice)))}, got {tokens!r}"
+        )
