@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ FILES = {
 
 class KilledError(Exception):
     """Stands for whatever ends a process."""
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c() -> Iterator[None]:
+    """Lets Ctrl-C act: a test run that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="module")
@@ -252,3 +261,12 @@ def test_a_checkpoint_of_another_model_is_refused(
     shutil.copy(checkpoint / "optimizer.safetensors", checkpoint / "weights.safetensors")
     with pytest.raises(CheckpointError, match="holds other weights than this model trains"):
         fit(adapters, tmp_path / "work")
+
+
+def test_a_process_that_ignores_ctrl_c_goes_on_ignoring_it(
+    adapters: dict[str, str], tmp_path: Path
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _, log = fit(adapters, tmp_path / "work", progress=CallAt(1, interrupted))
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    assert log.train_loss[-1][0] == SETTINGS.steps

@@ -16,7 +16,8 @@ from xlora_core.training.progress import Progress
 class Interruption(TrainerCallback):
     """Takes Ctrl-C while its ``with`` block runs; a second one stops at once.
 
-    Outside the main thread, where Python handles no signals, it does nothing.
+    Outside the main thread, where Python handles no signals, and where the process ignores Ctrl-C,
+    it does nothing.
 
     Args:
         progress: Told when the run is about to stop.
@@ -31,7 +32,9 @@ class Interruption(TrainerCallback):
         self._previous: Any = None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        # Whoever started the process with Ctrl-C ignored (nohup, a job in the background) meant it.
+        if in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
             self._previous = signal.signal(signal.SIGINT, self._take)
         return self
 
