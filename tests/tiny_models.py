@@ -126,11 +126,11 @@ def write_lora(
     dtype: torch.dtype = torch.float32,
     b_scale: float = 0.1,
     config: Mapping[str, object] | None = None,
-    saved: Mapping[str, torch.Tensor] | None = None,
+    extra: Mapping[str, torch.Tensor] | None = None,
 ) -> Path:
     """Writes a random LoRA in PEFT's folder format for the modules whose name ends so.
 
-    ``saved`` are tensors of wholly trained modules, by their names in the base model.
+    ``extra`` are further tensors of the file, by their names without PEFT's prefix.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -144,7 +144,7 @@ def write_lora(
                 lora_A.to(dtype),
                 lora_B.to(dtype),
             )
-    for name, tensor in (saved or {}).items():
+    for name, tensor in (extra or {}).items():
         tensors[f"base_model.model.{name}"] = tensor
     folder.mkdir(parents=True, exist_ok=True)
     settings: dict[str, object] = {

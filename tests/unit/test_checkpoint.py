@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts, write_lora
+from xlora_core.adapters import WEIGHTS_FILE
 from xlora_core.checkpoint import CLASSIFIER_FILE, HEADER_FILE, files, own_layout
 from xlora_core.config import AdapterOverride, XLoraConfig
 from xlora_core.errors import CheckpointError
@@ -181,6 +183,41 @@ def test_trained_experts_keep_every_digit(
     model.save_pretrained(tmp_path / "saved")
     again = XLoraModel.from_pretrained(tiny_base(dtype=of_model), tmp_path / "saved")
     assert torch.equal(logits(again), logits(model))
+
+
+def test_experts_beside_one_with_a_bias_get_none(tmp_path: Path) -> None:
+    """Else theirs would learn, and have no place in an adapter without ``lora_bias``."""
+    head = tiny_base().lm_head
+    path = "model.layers.0.self_attn.q_proj"
+    adapters = {
+        "biased": write_lora(
+            tmp_path / "biased",
+            tiny_base(),
+            ("q_proj", "lm_head"),
+            config={"lora_bias": True},
+            extra={f"{path}.lora_B.bias": torch.ones(32), "lm_head.lora_B.bias": torch.ones(97)},
+        ),
+        "plain": write_lora(tmp_path / "plain", tiny_base(), ("q_proj",), seed=1),
+        "whole": write_lora(
+            tmp_path / "whole",
+            tiny_base(),
+            ("q_proj",),
+            seed=2,
+            config={"modules_to_save": ["lm_head"]},
+            extra={"lm_head.weight": head.weight.detach() + 0.1},
+        ),
+    }
+    config = XLoraConfig(adapters=adapters, use_trainable_adapters=True)
+    model = XLoraModel.from_base(tiny_base(), config).eval()
+    model.save_pretrained(tmp_path / "referenced", bundle=False)  # nothing was trained yet
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(input_ids=tiny_prompt(), labels=tiny_prompt()).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "saved")
+    tensors = load_file(expert_folder(tmp_path / "saved", 1) / WEIGHTS_FILE)
+    assert not any(key.endswith("bias") for key in tensors)
+    again = XLoraModel.from_pretrained(tiny_base(), tmp_path / "saved").eval()
+    torch.testing.assert_close(logits(again), logits(model))
 
 
 def test_peft_reads_the_experts(saved: Path, model: XLoraModel) -> None:

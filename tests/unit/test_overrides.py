@@ -250,7 +250,7 @@ def test_an_override_of_a_wholly_trained_module_comes_back(tmp_path: Path) -> No
                 ("q_proj",),
                 seed=seed,
                 config={"modules_to_save": ["lm_head"]},
-                saved={"lm_head.weight": torch.full((97, 32), 0.1 * seed)},
+                extra={"lm_head.weight": torch.full((97, 32), 0.1 * seed)},
             )
         )
         for seed, name in enumerate(NAMES)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -50,7 +50,6 @@ def rebuilt_layers(
     *,
     active: ActiveScalings,
     trainable: bool,
-    has_bias: Callable[[int, str], bool],
 ) -> dict[str, XLoraLayer]:
     """Returns the adapted modules for another list of adapters; changes nothing.
 
@@ -63,8 +62,6 @@ def rebuilt_layers(
         sources: Where each adapter comes from, in the new order.
         active: The scalings the modules read.
         trainable: Whether experts in newly adapted modules learn.
-        has_bias: Adapter number and module path -> whether the expert there has a bias of its
-            own. One without shares zeros while another expert of the module has one.
 
     Returns:
         Module path -> new module, in ``named_modules()`` order.
@@ -79,7 +76,7 @@ def rebuilt_layers(
     rebuilt: dict[str, XLoraLayer] = {}
     for path, module in plain.named_modules():
         old = layers.get(path)
-        before = _experts(old, path, has_bias)
+        before = _experts(old)
         experts, dropouts = {}, {}
         for k, source in enumerate(sources):
             if isinstance(source, LoraAdapter):
@@ -159,19 +156,12 @@ def _new_expert(
     return replace(weights, lora_A=lora_A, lora_B=lora_B, bias=bias), dropout
 
 
-def _experts(
-    layer: XLoraLayer | None, path: str, has_bias: Callable[[int, str], bool]
-) -> dict[int, tuple[LoraWeights, float]]:
+def _experts(layer: XLoraLayer | None) -> dict[int, tuple[LoraWeights, float]]:
     """Returns adapter number -> its weights in a module, and its dropout."""
     if layer is None:
         return {}
-    found = {}
-    for (k, weights), dropout in zip(layer.experts().items(), layer.dropouts, strict=True):
-        bias = weights.bias
-        if bias is not None and not has_bias(k, path) and not bias.any():
-            bias = None
-        found[k] = (replace(weights, bias=bias), dropout)
-    return found
+    experts = layer.experts().items()
+    return {k: (weights, p) for (k, weights), p in zip(experts, layer.dropouts, strict=True)}
 
 
 def _new_dtype(model: nn.Module, module: nn.Module, trainable: bool) -> torch.dtype:

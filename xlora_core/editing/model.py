@@ -270,7 +270,6 @@ class XLoraEditing(XLoraPasses):
             sources,
             active=self.active_scalings,
             trainable=config.use_trainable_adapters,
-            has_bias=self._has_bias,
         )
         self._check_overrides(config, names, list(layers))
         router = self._edited_router(sources, layers, newcomer)
@@ -295,11 +294,6 @@ class XLoraEditing(XLoraPasses):
         self._head_is_adapted = isinstance(self.base_model.get_output_embeddings(), XLoraLayer)
         self._edition += 1
         self.clear_scalings_log()
-
-    def _has_bias(self, adapter: int, path: str) -> bool:
-        """Whether an adapter's expert in a module has a bias, be it one of zeros."""
-        config, _, saved = self._adapter_configs[adapter]
-        return bool(config.get("lora_bias")) or path in saved
 
     def _check_overrides(
         self, config: XLoraConfig, names: Sequence[str], layer_names: Sequence[str]

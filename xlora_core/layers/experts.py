@@ -36,7 +36,8 @@ class XLoraLayer(nn.Module):
     Attributes:
         lora_A: ``[R, in, ...]``, R = sum of the ranks.
         lora_B: ``[out, R, ...]``.
-        lora_bias: ``[n, out]`` for the n experts of this module, or None if none has a bias.
+        lora_bias: ``[n, out]`` for the n experts of this module that have a bias, or None if none
+            has. The others get none, also none to learn.
 
     Source: arXiv 2402.07148, equation 5; PEFT 0.21.2, ``XLoraLayer``.
     """
@@ -69,10 +70,10 @@ class XLoraLayer(nn.Module):
         stack_B = torch.cat([w.lora_B for w in experts.values()], dim=1)
         self.lora_A = nn.Parameter(stack_A.to(device, dtype), requires_grad=trainable)
         self.lora_B = nn.Parameter(stack_B.to(device, dtype), requires_grad=trainable)
-        biases = [w.bias for w in experts.values()]
-        if any(bias is not None for bias in biases):
-            zero = torch.zeros(stack_B.shape[0], dtype=stack_B.dtype)
-            stacked = torch.stack([zero if bias is None else bias.to(zero) for bias in biases])
+        biases = {k: w.bias for k, w in experts.items() if w.bias is not None}
+        self.biased_indices = list(biases)
+        if biases:
+            stacked = torch.stack([bias.to(stack_B) for bias in biases.values()])
             self.lora_bias: nn.Parameter | None = nn.Parameter(
                 stacked.to(device, dtype), requires_grad=trainable
             )
@@ -170,13 +171,18 @@ class XLoraLayer(nn.Module):
         weights = (of_rank * self.lora_scaling).to(dtype)
         mixture = self.mixture(x.to(self.lora_A.device), weights)
         if self.lora_bias is not None:
-            per_expert = scalings[..., self.adapter_indices] * self._lora_scaling_of_expert()
+            per_expert = scalings[..., self.biased_indices] * self._lora_scaling_of_biased()
             mixture = self.add_bias(mixture, F.linear(per_expert.to(dtype), self.lora_bias.T))
         return y + mixture.to(y.device, y.dtype)
 
     def _lora_scaling_of_expert(self) -> Tensor:
         """``[n]``, one for each expert of this module."""
         return self.lora_scaling[self._starts()]
+
+    def _lora_scaling_of_biased(self) -> Tensor:
+        """``[n]``, one for each expert of this module that has a bias."""
+        places = [self.adapter_indices.index(k) for k in self.biased_indices]
+        return self._lora_scaling_of_expert()[places]
 
     def _starts(self) -> list[int]:
         """Returns where each expert's ranks begin in the stacks."""
@@ -187,17 +193,18 @@ class XLoraLayer(nn.Module):
         blocks_A = self.lora_A.detach().split(self.ranks)
         blocks_B = self.lora_B.detach().split(self.ranks, dim=1)
         scalings = self._lora_scaling_of_expert().tolist()
-        biases = [None] * len(self.ranks) if self.lora_bias is None else [*self.lora_bias.detach()]
+        rows = () if self.lora_bias is None else self.lora_bias.detach()
+        biases = dict(zip(self.biased_indices, rows, strict=True))
         return {
             adapter: LoraWeights(
                 lora_A=block_A,
                 lora_B=block_B,
                 lora_scaling=scaling,
-                bias=bias,
+                bias=biases.get(adapter),
                 embedding=self.is_embedding,
             )
-            for adapter, block_A, block_B, scaling, bias in zip(
-                self.adapter_indices, blocks_A, blocks_B, scalings, biases, strict=True
+            for adapter, block_A, block_B, scaling in zip(
+                self.adapter_indices, blocks_A, blocks_B, scalings, strict=True
             )
         }
 
@@ -211,8 +218,8 @@ class XLoraLayer(nn.Module):
         """Returns the experts' weighted bias ``[out]`` in float32 or wider, None without one."""
         if self.lora_bias is None:
             return None
-        per_expert = weights.to(self.lora_scaling)[self.adapter_indices]
-        return (per_expert * self._lora_scaling_of_expert()) @ self.lora_bias.detach().to(
+        per_expert = weights.to(self.lora_scaling)[self.biased_indices]
+        return (per_expert * self._lora_scaling_of_biased()) @ self.lora_bias.detach().to(
             self.lora_scaling.dtype
         )
 
