@@ -240,6 +240,17 @@ def test_overrides_reach_the_checkpoint_and_come_back(model: XLoraModel, tmp_pat
     torch.testing.assert_close(logits_of(again), logits_of(model))
 
 
+def test_compiled_before_its_first_call_it_computes_the_same(tmp_path: Path) -> None:
+    plain, compiled = (tiny_xlora(tmp_path / name) for name in ("plain", "compiled"))
+    for model in (plain, compiled):
+        model.pin_adapter("1", 0.4, "*.q_proj")
+    torch._dynamo.reset()
+    run = torch.compile(compiled, backend="eager")
+    with torch.no_grad():
+        found = run(input_ids=tiny_prompt(), use_cache=False).logits
+    torch.testing.assert_close(found, logits_of(plain))
+
+
 def test_an_override_of_a_wholly_trained_module_comes_back(tmp_path: Path) -> None:
     """Nothing but a whole head stands in that module."""
     adapters = {

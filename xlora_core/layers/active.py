@@ -109,8 +109,9 @@ class ActiveScalings(threading.local):
             (``XLoraModel.disable_adapter``).
     """
 
-    value: ModuleScalings | None = None
-    disabled: bool = False
+    def __init__(self) -> None:  # runs once in every thread
+        self.value: ModuleScalings | None = None
+        self.disabled = False
 
     @contextmanager
     def hold(self, value: ModuleScalings | Tensor | None) -> Iterator[None]:
