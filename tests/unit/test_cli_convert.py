@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from tests.original_checkpoints import write_original_checkpoint
-from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts
+from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts, write_lora
 from xlora_core.checkpoint import NAMES_FILE, Layout, layout_of, read_checkpoint
 from xlora_core.cli import main
 from xlora_core.config import AdapterOverride, XLoraConfig
@@ -108,6 +108,27 @@ def test_it_reports_as_json(places: Path, tmp_path: Path, capsys: Capture) -> No
     }
     assert convert(source, tmp_path / "again", "--to", "peft") == 0
     assert "note: 3 linear layers without ReLU" in capsys.readouterr().err
+
+
+def test_it_says_which_experts_peft_takes_otherwise(tmp_path: Path, capsys: Capture) -> None:
+    bias = {"model.layers.0.self_attn.q_proj.lora_B.bias": torch.ones(32)}
+    adapters = {
+        "biased": write_lora(tmp_path / "a", tiny_base(), ("q_proj",), extra=bias),
+        "whole": write_lora(
+            tmp_path / "b",
+            tiny_base(),
+            ("q_proj",),
+            config={"modules_to_save": ["lm_head"]},
+            extra={"lm_head.weight": torch.ones(97, 32)},
+        ),
+        "plain": write_lora(tmp_path / "c", tiny_base(), ("q_proj",)),
+    }
+    model = XLoraModel.from_base(tiny_base(), XLoraConfig(adapters=adapters))
+    model.save_pretrained(tmp_path / "ours")
+    assert convert(tmp_path / "ours", tmp_path / "peft", "--to", "peft", "--json") == 0
+    of_bias, of_whole = json.loads(capsys.readouterr().out)["notes"]
+    assert of_bias.startswith("PEFT adds the bias on lora_B of 'biased' to every token, here it is")
+    assert of_whole == "PEFT's X-LoRA does not load experts with modules_to_save ('whole')"
 
 
 def break_as_peft_does(folder: Path) -> None:

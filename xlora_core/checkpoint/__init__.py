@@ -18,7 +18,7 @@ from xlora_core.checkpoint.own_layout import (
     VERSION,
     write_checkpoint,
 )
-from xlora_core.checkpoint.peft_layout import read_peft_config, write_peft
+from xlora_core.checkpoint.peft_layout import peft_notes, read_peft_config, write_peft
 from xlora_core.checkpoint.reading import layout_of, read_checkpoint
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "check_fits",
     "layout_of",
     "n_lora_layers",
+    "peft_notes",
     "read_checkpoint",
     "read_ordering",
     "read_original_config",

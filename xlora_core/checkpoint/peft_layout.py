@@ -12,7 +12,7 @@ PEFT 0.20 and later lose classifier layers from the second file; see ``peft_resc
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +166,22 @@ def write_peft(folder: str | Path, checkpoint: Checkpoint, *, relative_paths: bo
         write_names(staging, staging / WEIGHTS_FILE, checkpoint)
 
     write_folder(target, write)
+
+
+def peft_notes(adapters: Sequence[LoraAdapter]) -> list[str]:
+    """Returns what PEFT makes of experts otherwise than we do, one sentence each."""
+    biased = [a.name for a in adapters if any(w.bias is not None for w in a.modules.values())]
+    whole = [a.name for a in adapters if a.saved_modules]
+    notes = []
+    if biased:
+        notes.append(
+            f"PEFT adds the bias on lora_B of {', '.join(map(repr, biased))} to every token, here "
+            "it is gated like the rest, so the numbers differ"
+        )
+    if whole:
+        named = ", ".join(map(repr, whole))
+        notes.append(f"PEFT's X-LoRA does not load experts with modules_to_save ({named})")
+    return notes
 
 
 def _peft_config(

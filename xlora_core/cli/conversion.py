@@ -171,8 +171,9 @@ def _write(checkpoint: Checkpoint, args: argparse.Namespace) -> None:
 
 
 def _report(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
-    from xlora_core.checkpoint import n_lora_layers
+    from xlora_core.checkpoint import n_lora_layers, peft_notes
 
+    of_target = peft_notes(checkpoint.adapters) if args.to == "peft" else []
     return {
         "source": args.source,
         "from": str(checkpoint.layout),
@@ -180,5 +181,5 @@ def _report(checkpoint: Checkpoint, args: argparse.Namespace) -> dict[str, Any]:
         "to": args.to,
         "adapters": [adapter.name for adapter in checkpoint.adapters],
         "n_modules": n_lora_layers(checkpoint),
-        "notes": list(checkpoint.notes),
+        "notes": [*checkpoint.notes, *of_target],
     }
