@@ -36,7 +36,7 @@ def test_a_typed_prompt_grows_text_and_heatmap_in_one_mounted_component(fake_app
 
 def test_stop_ends_the_run_and_keeps_what_it_wrote(fake_app, open_page):
     page = open_page(fake_app)
-    page.generate("salt")
+    page.generate("slowly: salt")
     page.wait(lambda: page.texts() and page.texts()[0], "nothing is written")
     page.press("Stop")
     page.wait(lambda: "new tokens, stopped" in page.text(), "it does not stop", 10)
