@@ -55,7 +55,7 @@ def logits(held: GateScalings, x: Tensor, index: int = 0) -> Tensor:
         ((2, 7), lambda said: said.mean(dim=1, keepdim=True).expand(2, 5, K)),  # other tokens
         ((2, 3, 3), lambda said: said.flatten(1, 2).mean(1)[:, None].expand(2, 5, K)),
     ],
-    ids=str,
+    ids=["tokens", "flattened", "positions", "one a text", "other tokens", "other tokens in rows"],
 )
 def test_every_modules_logits_stand_at_the_tokens(leading: tuple[int, ...], as_tokens: Any) -> None:
     held = scalings()
