@@ -198,8 +198,9 @@ def test_merging_makes_plain_layers(tmp_path: Path, quantise: Quantise) -> None:
         merged = model.merge_and_unload()
         found = merged(input_ids=ids).logits
     assert type(merged.get_submodule("model.layers.0.self_attn.q_proj")) is nn.Linear
-    # 8 bits round activations, too, which a plain layer no longer does.
-    assert (found - constant).abs().mean() < 0.03 * constant.std()
+    # bitsandbytes computes with rounded activations and in bfloat16, which a plain layer does not.
+    tolerance = 1e-5 if quantise is PackedLinear else 0.03
+    assert (found - constant).abs().mean() < tolerance * constant.std()
 
 
 @pytest.mark.parametrize("quantise", KINDS.values(), ids=KINDS)

@@ -176,7 +176,6 @@ def test_a_checkpoint_holds_what_learns_and_no_pickle(
 
 @pytest.mark.parametrize("cut_at", [1, 4])
 def test_an_expert_goes_on_bit_for_bit(tmp_path: Path, cut_at: int) -> None:
-    pytest.importorskip("peft", reason="the extra 'train' is not installed")
     settings = replace(EXPERT, rows=2, accumulation=2, dropout=0.3, save_every=2)
 
     def train(out: Path, progress: CallAt | None = None) -> dict[str, torch.Tensor]:

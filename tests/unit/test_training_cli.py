@@ -58,7 +58,6 @@ def refused(capsys: Capture, *argv: str) -> str:
 def test_the_commands_train_and_evaluate_a_whole_model(
     base: str, rows: str, tmp_path: Path, capsys: Capture
 ) -> None:
-    pytest.importorskip("peft", reason="the extra 'train' is not installed")
     common = ["--data", rows, "--base", base, *SHORT]
     for domain in ("sums", "songs"):
         out = str(tmp_path / domain)
@@ -223,7 +222,6 @@ def test_the_demo_recipe_reports_errors_without_a_traceback(
 def test_the_demo_recipe_leaves_everything_and_goes_on(
     base: str, rows: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("peft", reason="the extra 'train' is not installed")
     experts = tuple(replace(EXPERT, domain=name, eval_every=6) for name in ("sums", "songs"))
     monkeypatch.setattr(recipes, "DEMO_EXPERTS", experts)
     monkeypatch.setattr(recipes, "DEMO_ROUTER", ROUTER)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,8 +22,6 @@ from xlora_core.training.experts import ExpertTrainer, train_expert
 from xlora_core.training.log import TrainingLog
 from xlora_core.training.losses import answer_columns, column_losses
 from xlora_core.training.router import fresh_model
-
-peft: Any = pytest.importorskip("peft", reason="the extra 'train' is not installed")
 
 
 def train(

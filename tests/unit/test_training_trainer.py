@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from transformers import (
@@ -63,7 +64,6 @@ def test_a_router_is_trained_over_a_quantised_base(
     adapters: dict[str, str], tmp_path: Path
 ) -> None:
     """A stand-in for what transformers loads: 8-bit layers, and the marks that Trainer reads."""
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base: Any = tiny_base()
     for path, module in list(base.named_modules()):
         if isinstance(module, torch.nn.Linear) and "layers" in path:
