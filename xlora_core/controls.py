@@ -24,6 +24,7 @@ class XLoraControls(AdapterSteering):
     """
 
     _config_xlora: XLoraConfig
+    _layers: dict[str, XLoraLayer]
     active_scalings: ActiveScalings
     adapter_names: list[str]
     scalings_log: ScalingsLog
@@ -31,7 +32,7 @@ class XLoraControls(AdapterSteering):
     @property
     def lora_layers(self) -> list[XLoraLayer]:
         """The L adapted modules in order."""
-        raise NotImplementedError
+        return list(self._layers.values())
 
     @property
     def config_xlora(self) -> XLoraConfig:

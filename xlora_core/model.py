@@ -228,11 +228,6 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnload
             return getattr(self.base_model, name)
 
     @property
-    def lora_layers(self) -> list[XLoraLayer]:
-        """The L adapted modules in order."""
-        return list(self._layers.values())
-
-    @property
     def device(self) -> torch.device:
         """Where the model expects its inputs; also for weights that rest elsewhere."""
         return compute_device(self.base_model.get_input_embeddings())

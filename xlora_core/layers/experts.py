@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -16,7 +17,7 @@ from xlora_core.layers.merging import merged_layer
 COMPUTED = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
-class XLoraLayer(nn.Module):
+class XLoraLayer(nn.Module, ABC):
     """A base layer with its mixture of LoRA experts.
 
     ``y = base(x) + sum_k s_k * lora_scaling_k * (B_k A_k x + bias_k)`` with the effective
@@ -114,19 +115,20 @@ class XLoraLayer(nn.Module):
 
     # ---------------------------------------------------------------- what a subclass says
 
+    @abstractmethod
     def token_shape(self, x: Tensor) -> torch.Size:
         """Returns the leading dimensions of an input that stand for tokens."""
-        raise NotImplementedError
 
+    @abstractmethod
     def gate_input(self, x: Tensor) -> Tensor:
         """Returns what a gate of this module reads: ``[*token_shape, gate_features]``."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def gate_features(self) -> int:
         """Size of what a gate of this module reads."""
-        raise NotImplementedError
 
+    @abstractmethod
     def mixture(self, x: Tensor, weights: Tensor) -> Tensor:
         """Returns the experts' weighted sum, in the shape of the base layer's output.
 
@@ -134,8 +136,8 @@ class XLoraLayer(nn.Module):
             x: The base layer's input.
             weights: ``[*leading, R]``, effective scaling times lora_scaling of each rank.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def delta_weight(self, weights: Tensor) -> Tensor:
         """Returns the experts' weighted sum as one weight.
 
@@ -146,7 +148,6 @@ class XLoraLayer(nn.Module):
             In the base weight's own layout (``[out, in]`` for linear layers, ``Conv1D``
             included), in float32 or wider.
         """
-        raise NotImplementedError
 
     def add_bias(self, mixture: Tensor, bias: Tensor) -> Tensor:
         """Returns the mixture with a bias ``[*leading, out]`` or ``[out]`` added."""
