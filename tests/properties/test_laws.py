@@ -11,51 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from torch import Tensor
 
-from tests.tiny_models import families, tiny_base, tiny_prompt, tiny_xlora, write_experts
+from tests.laws import NEAR, T, base_logits, positions, run
+from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts
 from xlora_core.config import RoutingKnobs
 from xlora_core.model import XLoraModel
 
 pytestmark = pytest.mark.usefixtures("without_gradient")
 
-FAMILIES = sorted(families())
-NEAR = {"atol": 1e-10, "rtol": 0}
-T = 9
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
 
 @pytest.fixture(scope="module")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> XLoraModel:
     return tiny_xlora(tmp_path_factory.mktemp(family), family, dtype=torch.float64)
-
-
-@pytest.fixture
-def without_gradient() -> object:
-    with torch.no_grad():
-        yield
-
-
-def run(model: XLoraModel, ids: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
-    """Returns logits and scalings of an uncached call."""
-    logits = model(input_ids=ids, use_cache=False, **inputs).logits
-    scalings = model.get_latest_scalings()
-    assert scalings is not None
-    return logits, scalings
-
-
-def base_logits(family: str, ids: Tensor) -> Tensor:
-    logits: Tensor = tiny_base(family, dtype=torch.float64)(input_ids=ids).logits
-    return logits
-
-
-def positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def test_the_adapters_matter_and_the_router_routes(model: XLoraModel, family: str) -> None:

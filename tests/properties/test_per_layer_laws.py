@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
-from torch import Tensor
 
 from tests.gated_models import gated_xlora
+from tests.laws import NEAR, T, base_logits, positions, run
 from tests.tiny_models import (
     VOCAB_SIZE,
     families,
@@ -26,43 +26,10 @@ from xlora_core.model import XLoraModel
 
 pytestmark = pytest.mark.usefixtures("without_gradient")
 
-FAMILIES = sorted(families())
-NEAR = {"atol": 1e-10, "rtol": 0}
-T = 9
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> str:
-    name: str = request.param
-    return name
-
 
 @pytest.fixture(scope="module")
 def model(family: str, tmp_path_factory: pytest.TempPathFactory) -> XLoraModel:
     return gated_xlora(tmp_path_factory.mktemp(family), family, dtype=torch.float64)
-
-
-@pytest.fixture
-def without_gradient() -> object:
-    with torch.no_grad():
-        yield
-
-
-def run(model: XLoraModel, ids: Tensor, **inputs: object) -> tuple[Tensor, Tensor]:
-    """Returns logits and scalings of an uncached call."""
-    logits = model(input_ids=ids, use_cache=False, **inputs).logits
-    scalings = model.get_latest_scalings()
-    assert scalings is not None
-    return logits, scalings
-
-
-def base_logits(family: str, ids: Tensor) -> Tensor:
-    logits: Tensor = tiny_base(family, dtype=torch.float64)(input_ids=ids).logits
-    return logits
-
-
-def positions(mask: Tensor) -> Tensor:
-    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def with_zero_gates(model: XLoraModel) -> XLoraModel:
