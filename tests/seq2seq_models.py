@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -226,3 +228,8 @@ def run_by_hand(
     logits = base(**inputs, use_cache=False).logits
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
     return ByHand(loss, logits, *sides)
+
+
+def one_per_family(factory: pytest.TempPathFactory) -> Callable[[str], XLoraModel]:
+    """Returns a maker of one float64 model per family, for tests that do not change it."""
+    return functools.cache(lambda family: seq2seq_xlora(factory.mktemp(family), family))

@@ -40,20 +40,21 @@ _logger = logging.getLogger(__name__)
 
 
 class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnloading):
-    """A frozen language model, K LoRA experts on it, and the classifier that mixes them.
+    """A frozen model, K LoRA experts on it, and the router that mixes them.
 
-    ``forward`` runs two passes: the scaling pass (adapters at ``scaling_pass_value``) gives the
-    classifier a hidden state per token, the main pass runs with the scalings it returns. Both
-    are re-entrant: nothing of a call stays on the model but the log, so several threads may
-    call it at once.
+    With a classifier ``forward`` runs two passes: the scaling pass (adapters at
+    ``scaling_pass_value``) gives the classifier a hidden state per token, the main pass runs with
+    the scalings it returns. With ``router="per_layer"`` there is the main pass only, and a gate in
+    every adapted module. Passes are re-entrant: nothing of a call stays on the model but the log,
+    so several threads may call it at once.
 
     Make one with ``from_base`` or ``from_pretrained``. Attributes that the class does not have
-    itself (``device``, ``generation_config``, ...) are the base model's.
+    itself (``dtype``, ``generation_config``, ...) are the base model's.
 
     Args:
         base_model: A Hugging Face model; its adapted modules are replaced in place.
         config: The X-LoRA config.
-        adapters: The experts in the classifier's output order.
+        adapters: The experts in the router's output order.
 
     Source: arXiv 2402.07148; numbers as PEFT 0.21.2.
     """

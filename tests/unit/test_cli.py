@@ -13,6 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.commands import refused
 from tests.tiny_chat import EXPERTS, tiny_chat_base, tiny_chat_xlora, tiny_tokenizer
 from xlora_core import Engine
 from xlora_core.cli import main
@@ -59,16 +60,6 @@ def run_file(folders: list[str], tmp_path_factory: pytest.TempPathFactory) -> st
 
 def generate(folders: list[str], *options: str) -> int:
     return main(["generate", *folders, "--max-new-tokens", "8", *options])
-
-
-def refused(capsys: Capture, *argv: str) -> str:
-    """Returns stderr of a command that must exit with 2 and no traceback."""
-    assert main(list(argv)) == 2
-    out = capsys.readouterr()
-    assert out.out == ""
-    assert "Traceback" not in out.err
-    assert "\nhint: " in out.err
-    return out.err
 
 
 # -------------------------------------------------------------------- generate

@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from tests.commands import refused
 from tests.original_checkpoints import write_original_checkpoint
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts, write_lora
 from xlora_core.checkpoint import NAMES_FILE, Layout, layout_of, read_checkpoint
@@ -37,16 +38,6 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def convert(*arguments: object) -> int:
     return main(["convert", *map(str, arguments)])
-
-
-def refused(capsys: Capture, *arguments: object) -> str:
-    """Returns stderr of a conversion that must exit with 2 and no traceback."""
-    assert convert(*arguments) == 2
-    out = capsys.readouterr()
-    assert out.out == ""
-    assert "Traceback" not in out.err
-    assert "\nhint: " in out.err
-    return out.err
 
 
 def logits(folder: Path, **arguments: object) -> torch.Tensor:
@@ -82,7 +73,7 @@ def test_the_base_model_is_asked_for_where_its_names_are_needed(
 ) -> None:
     convert(places / "ours", tmp_path / "peft", "--to", "peft")
     folder = without_names(tmp_path / "peft")
-    error = refused(capsys, folder, tmp_path / "back", "--to", "ours")
+    error = refused(capsys, "convert", folder, tmp_path / "back", "--to", "ours")
     assert f"{folder} does not say which modules its router's outputs belong to" in error
     assert "hint: name the base model: --base path/to/base" in error
     # Between the two foreign layouts the order is the base model's own, whatever its names.
@@ -156,7 +147,7 @@ def test_peft_to_peft_mends_what_peft_broke(places: Path, tmp_path: Path, capsys
     for name, tensor in read_checkpoint(places / "ours").classifier.items():
         assert torch.equal(whole[prefix + name], tensor)
     shutil.rmtree(tmp_path / "broken" / "0")
-    error = refused(capsys, tmp_path / "broken", tmp_path / "never", "--to", "peft")
+    error = refused(capsys, "convert", tmp_path / "broken", tmp_path / "never", "--to", "peft")
     assert "PEFT >= 0.20 saved this incompletely: layers.0.weight, layers.0.bias are" in error
     assert not (tmp_path / "never").exists()
 
@@ -177,7 +168,7 @@ def test_an_ordering_file(places: Path, tmp_path: Path, capsys: Capture) -> None
     ordering = tmp_path / "ordering.json"
     ordering.write_text(json.dumps({"layers": {n: i for i, n in enumerate(reversed(names))}}))
     given = [places / "original", tmp_path / "out", "--to", "peft", "--ordering", ordering]
-    assert "--base" in refused(capsys, *given)
+    assert "--base" in refused(capsys, "convert", *given)
     assert convert(*given, "--base", places / "base") == 0
     expected = logits(places / "original", ordering=ordering)
     torch.testing.assert_close(logits(tmp_path / "out"), expected)
@@ -228,7 +219,9 @@ def test_references_and_relative_paths(places: Path, tmp_path: Path, capsys: Cap
     assert convert(*arguments) == 0
     stored = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert stored["adapters"] == {"0": "experts/0", "1": "experts/1", "2": "experts/2"}
-    wrong = refused(capsys, *arguments[:2], "--to", "original", "--relative-paths", "--reference")
+    wrong = refused(
+        capsys, "convert", *arguments[:2], "--to", "original", "--relative-paths", "--reference"
+    )
     assert "--reference goes with --to ours, not with --to original" in wrong
     assert "--relative-paths goes with --to peft, not with --to original" in wrong
 
@@ -236,30 +229,34 @@ def test_references_and_relative_paths(places: Path, tmp_path: Path, capsys: Cap
 def test_refusals(places: Path, tmp_path: Path, capsys: Capture) -> None:
     ours = places / "ours"
     assert "checkpoint folder nowhere does not exist" in (
-        refused(capsys, "nowhere", tmp_path / "a", "--to", "peft")
+        refused(capsys, "convert", "nowhere", tmp_path / "a", "--to", "peft")
     )
     assert f"{places / 'original'} exists and is not empty" in (
-        refused(capsys, ours, places / "original", "--to", "peft")
+        refused(capsys, "convert", ours, places / "original", "--to", "peft")
     )
     assert "there is no base model folder" in (
-        refused(capsys, ours, tmp_path / "a", "--to", "ours", "--base", tmp_path / "none")
+        refused(
+            capsys, "convert", ours, tmp_path / "a", "--to", "ours", "--base", tmp_path / "none"
+        )
     )
     assert "cannot be read as a base model" in (
-        refused(capsys, ours, tmp_path / "a", "--to", "ours", "--base", tmp_path)
+        refused(capsys, "convert", ours, tmp_path / "a", "--to", "ours", "--base", tmp_path)
     )
     (tmp_path / "odd").mkdir()
     (tmp_path / "odd" / "config.json").write_text(
         '{"model_type": "llama", "architectures": ["NoSuchModel"]}'
     )
     assert "cannot be read as a base model" in (
-        refused(capsys, ours, tmp_path / "a", "--to", "ours", "--base", tmp_path / "odd")
+        refused(capsys, "convert", ours, tmp_path / "a", "--to", "ours", "--base", tmp_path / "odd")
     )
     tiny_base("qwen2").config.save_pretrained(tmp_path / "qwen2")
     assert "belongs to another base model" in (
-        refused(capsys, ours, tmp_path / "a", "--to", "ours", "--base", tmp_path / "qwen2")
+        refused(
+            capsys, "convert", ours, tmp_path / "a", "--to", "ours", "--base", tmp_path / "qwen2"
+        )
     )
     assert "--adapters must be of the form NAME=VALUE" in (
-        refused(capsys, ours, tmp_path / "a", "--to", "ours", "--adapters", "x")
+        refused(capsys, "convert", ours, tmp_path / "a", "--to", "ours", "--adapters", "x")
     )
     assert not (tmp_path / "a").exists()
 
@@ -280,7 +277,7 @@ def test_what_another_layout_cannot_say(
     assert main(["inspect", str(tmp_path / "ours")]) == 0
     capsys.readouterr()
     for layout, package in (("peft", "PEFT"), ("original", "the original xlora package")):
-        error = refused(capsys, tmp_path / "ours", tmp_path / layout, "--to", layout)
+        error = refused(capsys, "convert", tmp_path / "ours", tmp_path / layout, "--to", layout)
         assert f"{package} has no {what}" in error
         assert not (tmp_path / layout).exists()
 

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from tests.seq2seq_models import (
     FAMILIES,
     bart,
+    one_per_family,
     randomise,
     run_by_hand,
     seq2seq_xlora,
@@ -45,15 +46,7 @@ both = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """One model per family for the whole file; nobody changes it."""
-    models: dict[str, XLoraModel] = {}
-
-    def of_family(family: str) -> XLoraModel:
-        if family not in models:
-            models[family] = seq2seq_xlora(tmp_path_factory.mktemp(family), family)
-        return models[family]
-
-    return of_family
+    return one_per_family(tmp_path_factory)
 
 
 def shifted(family: str, labels: Tensor) -> Tensor:

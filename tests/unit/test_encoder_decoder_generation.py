@@ -14,9 +14,9 @@ from transformers import DynamicCache, EncoderDecoderCache
 
 from tests.seq2seq_models import (
     FAMILIES,
+    one_per_family,
     randomise,
     run_by_hand,
-    seq2seq_xlora,
     tiny_seq2seq,
     tokens,
 )
@@ -33,15 +33,7 @@ both = pytest.mark.parametrize("family", sorted(FAMILIES))
 
 @pytest.fixture(scope="module")
 def make(tmp_path_factory: pytest.TempPathFactory) -> MakeModel:
-    """One model per family for the whole file, in float64: no rounding flips a token."""
-    models: dict[str, XLoraModel] = {}
-
-    def of_family(family: str) -> XLoraModel:
-        if family not in models:
-            models[family] = seq2seq_xlora(tmp_path_factory.mktemp(family), family)
-        return models[family]
-
-    return of_family
+    return one_per_family(tmp_path_factory)
 
 
 def generate(model: XLoraModel, source: Tensor | None, **arguments: object) -> Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.commands import refused
 from tests.tiny_models import write_experts
 from tests.training_models import EXPERT, ROUTER, CallAt, row, tiny_base_folder, write_rows
 from xlora_core.cli import main
@@ -44,15 +45,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
             values = [vars(row(f"{i}?", answer * (1 + i % 2), domain)) for i in range(20)]
             write_rows(folder / f"{domain}.{split}.jsonl", values)
     return str(folder)
-
-
-def refused(capsys: Capture, *argv: str) -> str:
-    assert main(list(argv)) == 2
-    out = capsys.readouterr()
-    assert out.out == ""
-    assert "Traceback" not in out.err
-    assert "\nhint: " in out.err
-    return out.err
 
 
 def test_the_commands_train_and_evaluate_a_whole_model(
