@@ -254,8 +254,14 @@ def test_an_exchanged_expert(saved: Path, exchange: Callable[[Path], None]) -> N
 
 def test_other_line_ends_in_a_config_are_no_other_expert(saved: Path) -> None:
     path = expert_folder(saved) / "adapter_config.json"
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    XLoraModel.from_pretrained(tiny_base(), saved)
+    before = XLoraModel.from_pretrained(tiny_base(), saved)
+    changed = path.read_bytes().replace(b"\n", b"\r\n")
+    assert changed != path.read_bytes()
+    path.write_bytes(changed)
+    after = XLoraModel.from_pretrained(tiny_base(), saved)
+    for old, new in zip(before.lora_layers, after.lora_layers, strict=True):
+        assert torch.equal(old.lora_A, new.lora_A)
+        assert torch.equal(old.lora_scaling, new.lora_scaling)
 
 
 def test_a_missing_expert(saved: Path) -> None:
