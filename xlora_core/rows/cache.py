@@ -1,0 +1,116 @@
+"""The KV cache of many texts: one tensor per block, a row per text, each at its own position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xlora_core.rows.batch import Segment
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockShape:
+    """What one block of the model caches per token.
+
+    Attributes:
+        n_heads: Heads of keys and values.
+        key_size: Size of a key.
+        value_size: Size of a value.
+    """
+
+    n_heads: int
+    key_size: int
+    value_size: int
+
+
+class RowCache:
+    """Keys and values by block, row and position.
+
+    A row is one text as one pass reads it: main pass and scaling pass of the same text are two
+    rows. Nothing here knows how far a row is; whoever reads says so in a ``Segment``.
+
+    Args:
+        blocks: Shape of each block's keys and values.
+        dtype: dtype of the keys and values.
+        device: Where they lie.
+
+    Attributes:
+        keys: Block -> ``[R, heads, T, key_size]``.
+        values: Block -> ``[R, heads, T, value_size]``.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockShape],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self._blocks = list(blocks)
+        self._dtype = dtype
+        self._device = device
+        self.n_rows = 0
+        self.n_tokens = 0
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.grow(0, 0)
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one position of one row, over all blocks."""
+        n_values = sum(b.n_heads * (b.key_size + b.value_size) for b in self._blocks)
+        return n_values * self._dtype.itemsize
+
+    def grow(self, n_rows: int, n_tokens: int) -> None:
+        """Makes room for at least so many rows and positions; what is there stays.
+
+        The tensors are new ones if anything grew.
+        """
+        n_rows, n_tokens = max(n_rows, self.n_rows), max(n_tokens, self.n_tokens)
+        if self.keys and (n_rows, n_tokens) == (self.n_rows, self.n_tokens):
+            return
+        keys = [self._empty(n_rows, b.n_heads, n_tokens, b.key_size) for b in self._blocks]
+        values = [self._empty(n_rows, b.n_heads, n_tokens, b.value_size) for b in self._blocks]
+        for old, new in zip([*self.keys, *self.values], [*keys, *values], strict=False):
+            new[: self.n_rows, :, : self.n_tokens] = old
+        self.keys, self.values = keys, values
+        self.n_rows, self.n_tokens = n_rows, n_tokens
+
+    def _empty(self, *shape: int) -> Tensor:
+        # Zeros, so that a masked position never brings a NaN into a product with 0.
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def write(self, block: int, segment: Segment, keys: Tensor, values: Tensor) -> None:
+        """Stores the keys and values of a segment's tokens.
+
+        Args:
+            block: The block.
+            segment: Where.
+            keys: ``[heads, n, key_size]``.
+            values: ``[heads, n, value_size]``.
+        """
+        places = slice(segment.start, segment.stop)
+        self.keys[block][segment.row, :, places] = keys
+        self.values[block][segment.row, :, places] = values
+
+    def copy_row(self, source: int, targets: Iterable[int], n_tokens: int) -> None:
+        """Copies the first positions of a row to other rows."""
+        for target in targets:
+            for tensor in (*self.keys, *self.values):
+                tensor[target, :, :n_tokens] = tensor[source, :, :n_tokens]
+
+    def keep(self, segment: Segment, which: int) -> None:
+        """Makes one of a segment's siblings the token at ``segment.start``.
+
+        Args:
+            segment: A segment that was read with ``siblings``.
+            which: Which of its n tokens, from 0.
+        """
+        if which == 0:
+            return
+        row, source = segment.row, segment.start + which
+        for tensor in (*self.keys, *self.values):
+            tensor[row, :, segment.start] = tensor[row, :, source]
