@@ -121,11 +121,15 @@ def differs_by_module(run: Run, arm: int, knobs: RoutingKnobs | None = None) -> 
 
 
 def tail(run: Run, arm: int, start: int) -> Run:
-    """Returns a run of one arm only, without the arm's first ``start`` tokens."""
+    """Returns a run of one arm only, without the arm's first ``start`` tokens.
+
+    What is counted over the whole arm (guesses and hits) is left out.
+    """
     track = run.tracks[arm]
     cut: dict[str, Any] = {name: array[start:] for name, array in track.arrays().items()}
     left = max(0, track.n_prompt - start)
-    return replace(run, tracks=[replace(track, pieces=track.pieces[start:], n_prompt=left, **cut)])
+    cut |= {"n_prompt": left, "n_guessed": 0, "n_hit": 0}
+    return replace(run, tracks=[replace(track, pieces=track.pieces[start:], **cut)])
 
 
 def mass_shares(scalings: FloatArray) -> FloatArray:

@@ -129,6 +129,7 @@ def assert_same_run(run: Run, other: Run) -> None:
         assert theirs.pieces == track.pieces
         assert theirs.n_prompt == track.n_prompt
         assert theirs.finish_reason == track.finish_reason
+        assert (theirs.n_guessed, theirs.n_hit) == (track.n_guessed, track.n_hit)
         assert theirs.override_sets == track.override_sets
         assert theirs.arrays().keys() == track.arrays().keys()
         for name, array in track.arrays().items():

@@ -37,6 +37,10 @@ VALID_RUN = make_run(
     5,
     arms=[Arm.routed(RoutingKnobs(top_k=1, overrides=MUTED)), Arm.expert("math")],
     knobs=[RoutingKnobs(overrides=[MUTED, (), MUTED[:1]][t % 3]) for t in range(8)],
+    finish="time",
+)
+VALID_RUN = Run(
+    VALID_RUN.header, [replace(VALID_RUN.tracks[0], n_guessed=5, n_hit=3), VALID_RUN.tracks[1]]
 )
 VALID = VALID_RUN.to_bytes()
 N_HEADER = 8 + int.from_bytes(VALID[:8], "little")
@@ -48,7 +52,7 @@ N_HEADER = 8 + int.from_bytes(VALID[:8], "little")
     split=st.floats(0, 1),
     prompt_text=st.text(st.characters()),
     layerwise=st.booleans(),
-    finish=st.sampled_from([None, "stop", "length", "cancelled", "error"]),
+    finish=st.sampled_from([None, "stop", "length", "time", "cancelled", "error"]),
     seed=st.integers(0, 99),
     overrides=st.lists(OVERRIDES, min_size=8, max_size=8),
 )

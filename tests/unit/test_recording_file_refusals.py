@@ -113,13 +113,13 @@ def test_other_safetensors_files_are_refused(metadata) -> None:
 
 def test_a_newer_version_is_refused_before_anything_else() -> None:
     # Nothing else is as it is today: other metadata, other fields, a type numpy does not have.
-    header = {"format_version": 3, "shape_of_things": "to come"}
+    header = {"format_version": 4, "shape_of_things": "to come"}
     data = save_tensors(
         {"new": torch.zeros(2, dtype=torch.bfloat16)},
         metadata={"format": "xlora-run", "header": json.dumps(header)},
     )
     with pytest.raises(
-        RunFileError, match="the file has format version 3, this program reads up to 2"
+        RunFileError, match="the file has format version 4, this program reads up to 3"
     ) as caught:
         Run.from_bytes(data)
     assert caught.value.hint == "upgrade xlora-explorer to open it"

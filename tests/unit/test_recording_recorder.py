@@ -187,6 +187,29 @@ def test_misuse_is_refused_and_changes_nothing(misuse, message) -> None:
     assert (track.n_prompt, track.n_routed, track.finish_reason) == (1, 1, None)
 
 
+def test_guesses_and_hits_are_counted() -> None:
+    recorder = routed_recorder()
+    recorder.append_prompt([1, 2], ["a", "b"])
+    assert recorder.snapshot().hit_rate is None
+    versions = [recorder.version]
+    for hit in (True, False):
+        recorder.count_guess(hit)
+        versions.append(recorder.version)
+    before = recorder.snapshot()
+    recorder.append(3, "c", -1.0)
+    recorder.count_guess(True)
+    track = recorder.snapshot()
+    assert (before.n_guessed, before.n_hit, before.hit_rate) == (2, 1, 0.5)
+    assert (track.n_guessed, track.n_hit, track.hit_rate) == (3, 2, 2 / 3)
+    assert versions == sorted(set(versions))
+    with pytest.raises(RecordError, match="3 tokens have at most as many guesses"):
+        recorder.count_guess(True)
+    recorder.finish("cancelled")
+    with pytest.raises(RecordError, match=r"the record has ended \(cancelled\)"):
+        recorder.count_guess(True)
+    assert recorder.snapshot().n_guessed == 3
+
+
 def test_a_top_k_beyond_the_adapters_is_refused() -> None:
     recorder = routed_recorder()
     recorder.append_prompt([1], ["a"])
@@ -217,6 +240,8 @@ def test_only_a_routed_arm_has_logits_and_knobs(arm: Arm) -> None:
         recorder.set_router_logits(0, logits(1))
     with pytest.raises(RecordError, match=f"a {arm.label} arm has no knobs"):
         recorder.set_knobs(0, 1, RoutingKnobs())
+    with pytest.raises(RecordError, match=f"a {arm.label} arm has no scalings to guess for"):
+        recorder.count_guess(True)
     with pytest.raises(RecordError, match="a routed arm, and no other, has routed layers"):
         TrackRecorder(arm, 4, N_MODULES, N_ADAPTERS)
     with pytest.raises(RecordError, match="a routed arm, and no other, has routed layers"):

@@ -191,7 +191,7 @@ def test_a_run_of_another_adapter_or_of_nothing_is_refused() -> None:
         ({"model_id": None}, "model_id must be text, got NoneType"),
         ({"versions": {"torch": 2}}, "versions must map texts to texts"),
         ({"sampling": {}}, "sampling must be SamplingParams"),
-        ({"format_version": 1}, "format_version must be 2, got 1"),
+        ({"format_version": 1}, "format_version must be 3, got 1"),
     ],
 )
 def test_a_header_that_contradicts_itself_is_refused(changes, message) -> None:

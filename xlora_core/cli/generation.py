@@ -125,12 +125,22 @@ def summary(run: Run) -> dict[str, Any]:
                 "n_prompt_tokens": track.n_prompt,
                 "n_new_tokens": n_new,
                 "seconds": round(seconds, 3),
+                "n_guessed": track.n_guessed,
+                "n_hit": track.n_hit,
                 "mean_effective_scalings": dict(
                     zip(run.header.adapter_names, (round(m, 4) for m in means), strict=False)
                 ),
             }
         )
     return {"run_id": run.header.run_id, "model": run.header.model_id, "arms": arms}
+
+
+def hit_words(of_arm: dict[str, Any]) -> str:
+    """Returns how often an arm's prefetched scalings were the right ones; ``""`` without any."""
+    n_guessed, n_hit = of_arm["n_guessed"], of_arm["n_hit"]
+    if not n_guessed:
+        return ""
+    return f", prefetch hits {n_hit} of {n_guessed} ({n_hit / n_guessed:.0%})"
 
 
 def _prompt(args: argparse.Namespace) -> str:
@@ -203,7 +213,7 @@ def _print_rest(run: Run, files: dict[str, str]) -> None:
         mixed = ", ".join(f"{name} {m:.2f}" for name, m in arm["mean_effective_scalings"].items())
         print(
             f"{arm['arm']}: {arm['n_new_tokens']} tokens in {arm['seconds']:.1f} s, "
-            f"{arm['finish_reason']}; mean scalings: {mixed or 'none'}",
+            f"{arm['finish_reason']}{hit_words(arm)}; mean scalings: {mixed or 'none'}",
             file=sys.stderr,
         )
     for name in files.values():

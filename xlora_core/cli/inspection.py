@@ -14,7 +14,7 @@ from xlora_core.cli.checkpoint_report import (
     router_words,
     routing_words,
 )
-from xlora_core.cli.generation import summary
+from xlora_core.cli.generation import hit_words, summary
 from xlora_core.cli.terminal import safe
 
 if TYPE_CHECKING:
@@ -213,7 +213,7 @@ def _print_run(report: dict[str, Any], *, with_modules: bool) -> None:
         means = ", ".join(f"{safe(k)} {v:.2f}" for k, v in arm["mean_effective_scalings"].items())
         print(
             f"{safe(arm['arm'])}: {arm['n_prompt_tokens']} + {arm['n_new_tokens']} tokens, "
-            f"{arm['finish_reason']}; mean scalings: {means or 'none'}"
+            f"{arm['finish_reason']}{hit_words(arm)}; mean scalings: {means or 'none'}"
         )
         for knobs in arm["knobs"]:
             words = [

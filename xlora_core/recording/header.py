@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from xlora_core.config import ROUTERS, SamplingParams
 from xlora_core.errors import RecordError
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 _LARGEST = sys.float_info.max
 # A run id ends up in names of files and in cells of tables.

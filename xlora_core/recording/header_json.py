@@ -1,8 +1,9 @@
 """The JSON header of a run file: written in full, read with suspicion.
 
 Version 2 knows overrides (``overrides`` in an arm's knobs and ``override_sets`` in a track) and
-other routers than the classifier (``router``, left out for the classifier). A run that needs
-neither is written as version 1, which every program reads.
+other routers than the classifier (``router``, left out for the classifier). Version 3 knows what
+was guessed (``n_guessed`` and ``n_hit`` in a track) and tracks that ended with ``"time"``. A run is
+written in the oldest version that can hold it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NoReturn, TypeVar
 
 from xlora_core.config import AdapterOverride, Arm, RoutingKnobs, SamplingParams
+from xlora_core.config.checks import is_int
 from xlora_core.config.overrides import matching_cost
 from xlora_core.errors import RunFileError, XLoraError
 from xlora_core.recording.header import FORMAT_VERSION, RunHeader
@@ -25,10 +27,13 @@ MOST_TRACKS = 256
 MOST_MATCHING = 2**31
 OVERRIDES_SINCE = 2
 ROUTERS_SINCE = 2
+GUESSES_SINCE = 3
 
 # The prompt is a tensor of its own; the router is only named if it is not the classifier.
 _HEADER_KEYS = tuple(f.name for f in fields(RunHeader) if f.name not in ("prompt_text", "router"))
 _TRACK_KEYS = ("arm", "n_prompt", "finish_reason")
+_COUNTS_OF_GUESSES = ("n_guessed", "n_hit")
+_REASONS_BEFORE_TIME = tuple(reason for reason in FINISH_REASONS if reason != "time")
 _KNOB_KEYS = tuple(f.name for f in fields(RoutingKnobs))
 _KNOB_KEYS_BEFORE = tuple(key for key in _KNOB_KEYS if key != "overrides")
 _ARM_KEYS = tuple(f.name for f in fields(Arm))
@@ -44,6 +49,8 @@ class TrackFacts:
     n_prompt: int
     finish_reason: FinishReason | None
     override_sets: tuple[tuple[AdapterOverride, ...], ...]
+    n_guessed: int
+    n_hit: int
 
 
 def to_json(header: RunHeader, tracks: Sequence[Track]) -> str:
@@ -76,7 +83,12 @@ def needed_version(header: RunHeader, tracks: Sequence[Track]) -> int:
         for track in tracks
     )
     other_router = header.router != "classifier"
-    return max(OVERRIDES_SINCE if overridden else 1, ROUTERS_SINCE if other_router else 1)
+    guessed = any(track.n_guessed or track.finish_reason == "time" for track in tracks)
+    return max(
+        OVERRIDES_SINCE if overridden else 1,
+        ROUTERS_SINCE if other_router else 1,
+        GUESSES_SINCE if guessed else 1,
+    )
 
 
 def _of_track(track: Track, version: int) -> dict[str, Any]:
@@ -88,6 +100,8 @@ def _of_track(track: Track, version: int) -> dict[str, Any]:
         ]
     elif arm["knobs"] is not None:
         del arm["knobs"]["overrides"]
+    if version >= GUESSES_SINCE:
+        values |= {"n_guessed": int(track.n_guessed), "n_hit": int(track.n_hit)}
     return values
 
 
@@ -184,8 +198,10 @@ def _all_overrides(facts: TrackFacts) -> list[Sequence[AdapterOverride]]:
 
 
 def _track_facts(where: str, values: object, version: int) -> TrackFacts:
-    has_overrides = version >= OVERRIDES_SINCE
-    check_keys(where, values, (*_TRACK_KEYS, *(["override_sets"] if has_overrides else [])))
+    has_overrides, has_guesses = version >= OVERRIDES_SINCE, version >= GUESSES_SINCE
+    later_keys = [*(["override_sets"] if has_overrides else [])]
+    later_keys += _COUNTS_OF_GUESSES if has_guesses else []
+    check_keys(where, values, (*_TRACK_KEYS, *later_keys))
     assert isinstance(values, Mapping)
     arm_values = values["arm"]
     check_keys(f"{where}.arm", arm_values, _ARM_KEYS)
@@ -195,20 +211,24 @@ def _track_facts(where: str, values: object, version: int) -> TrackFacts:
     if knobs is not None:
         knobs = _knobs(f"{where}.arm.knobs", knobs, has_overrides=has_overrides)
     arm = _built(Arm, f"{where}.arm", {**arm_values, "knobs": knobs})
-    n_prompt, reason = values["n_prompt"], values["finish_reason"]
-    if isinstance(n_prompt, bool) or not isinstance(n_prompt, int):
-        raise RunFileError(f"{where}: n_prompt must be a whole number, got {n_prompt!r}")
-    if reason is not None and reason not in FINISH_REASONS:
+    counts = {name: values.get(name, 0) for name in ("n_prompt", *_COUNTS_OF_GUESSES)}
+    for name, count in counts.items():
+        if not is_int(count):
+            raise RunFileError(f"{where}: {name} must be a whole number, got {count!r}")
+    reason, reasons = (
+        values["finish_reason"],
+        FINISH_REASONS if has_guesses else _REASONS_BEFORE_TIME,
+    )
+    if reason is not None and reason not in reasons:
         raise RunFileError(
-            f"{where}: finish_reason must be null or one of {', '.join(FINISH_REASONS)}, "
-            f"got {reason!r}"
+            f"{where}: finish_reason must be null or one of {', '.join(reasons)}, got {reason!r}"
         )
     sets = values["override_sets"] if has_overrides else []
     if not isinstance(sets, list):
         raise RunFileError(f"{where}: override_sets must be a list, got {sets!r}")
     return TrackFacts(
         arm=arm,
-        n_prompt=n_prompt,
+        **counts,
         finish_reason=reason,
         override_sets=tuple(
             _overrides(f"{where}.override_sets[{n}]", found) for n, found in enumerate(sets)

@@ -64,6 +64,7 @@ class TrackRecorder:
         # Set of overrides -> its number from 1, in order of first use.
         self._override_sets: dict[tuple[AdapterOverride, ...], int] = {}
         self._n_tokens = self._n_prompt = self._n_logits = self._n_knobs = 0
+        self._n_guessed = self._n_hit = 0
         self._logits_clipped = False
         self._finish_reason: FinishReason | None = None
         inner = {
@@ -210,11 +211,31 @@ class TrackRecorder:
             self._n_knobs = end
             self._version += 1
 
+    def count_guess(self, hit: bool) -> None:
+        """Counts a token whose scalings were fetched ahead, for a guess of what it would be.
+
+        Args:
+            hit: Whether the guess was right.
+
+        Raises:
+            RecordError: If the record has ended, the arm is not routed, or there would be more
+                guesses than tokens.
+        """
+        if self.arm.kind != "routed":
+            raise RecordError(f"a {self.arm.label} arm has no scalings to guess for")
+        with self._lock:
+            self._check_open()
+            if self._n_guessed == self._n_tokens:
+                raise RecordError(f"{self._n_tokens} tokens have at most as many guesses")
+            self._n_guessed += 1
+            self._n_hit += bool(hit)
+            self._version += 1
+
     def finish(self, reason: FinishReason) -> None:
         """Ends the record.
 
         Args:
-            reason: ``"stop"``, ``"length"``, ``"cancelled"`` or ``"error"``.
+            reason: ``"stop"``, ``"length"``, ``"time"``, ``"cancelled"`` or ``"error"``.
 
         Raises:
             RecordError: If it has ended before, or a routed arm ends with ``"stop"`` or
@@ -240,6 +261,7 @@ class TrackRecorder:
             pieces = self._pieces.copy()
             n_prompt, finish_reason = self._n_prompt, self._finish_reason
             override_sets = tuple(self._override_sets)
+            n_guessed, n_hit = self._n_guessed, self._n_hit
         # Outside the lock: rows below the counts are never written again.
         cut: dict[str, Any] = {}
         for name, array in self._arrays.items():
@@ -254,6 +276,8 @@ class TrackRecorder:
             n_prompt=n_prompt,
             finish_reason=finish_reason,
             override_sets=override_sets,
+            n_guessed=n_guessed,
+            n_hit=n_hit,
             **cut,
         )
 

@@ -218,6 +218,8 @@ def _track(header: RunHeader, n: int, facts: header_json.TrackFacts, arrays: Arr
         finish_reason=facts.finish_reason,
         pieces=_pieces(n, arrays),
         override_sets=facts.override_sets,
+        n_guessed=facts.n_guessed,
+        n_hit=facts.n_hit,
         **fields,  # type: ignore[arg-type]  # _check_names has left None to router_logits alone
     )
     faults = shape_faults(track, header) or value_faults(track, header)

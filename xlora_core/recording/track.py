@@ -12,7 +12,7 @@ from xlora_core.config import AdapterOverride, Arm, RoutingKnobs
 from xlora_core.errors import ConfigError
 from xlora_core.recording.header import RunHeader
 
-FinishReason = Literal["stop", "length", "cancelled", "error"]
+FinishReason = Literal["stop", "length", "time", "cancelled", "error"]
 FINISH_REASONS: tuple[str, ...] = get_args(FinishReason)
 
 # Field -> (dtype, number of dimensions, counted in "tokens" or in routed "rows").
@@ -58,8 +58,11 @@ class Track:
         alternative_ids: ``[T, A]`` int32, the most probable tokens in its place; -1 is none.
         alternative_logprobs: ``[T, A]`` float32; NaN where there is none.
         seconds: ``[T]`` float32, wall time from the start of the arm to the token.
-        finish_reason: ``"stop"``, ``"length"``, ``"cancelled"``, ``"error"``, or None while the
-            arm still runs.
+        finish_reason: ``"stop"``, ``"length"``, ``"time"`` (a limit of seconds was reached),
+            ``"cancelled"``, ``"error"``, or None while the arm still runs.
+        n_guessed: Tokens whose scalings were fetched ahead for a guess of what the token would
+            be; 0 where nothing was guessed.
+        n_hit: How many of those guesses were right, so that the scalings could be used.
     """
 
     arm: Arm
@@ -78,6 +81,8 @@ class Track:
     alternative_logprobs: NDArray[np.float32]
     seconds: NDArray[np.float32]
     finish_reason: FinishReason | None = None
+    n_guessed: int = 0
+    n_hit: int = 0
 
     @property
     def n_tokens(self) -> int:
@@ -88,6 +93,11 @@ class Track:
     def n_routed(self) -> int:
         """R, the tokens whose scalings are known; T for an arm that is not routed."""
         return self.n_tokens if self.router_logits is None else len(self.router_logits)
+
+    @property
+    def hit_rate(self) -> float | None:
+        """Share of the guesses that were right, from 0 to 1; None where nothing was guessed."""
+        return self.n_hit / self.n_guessed if self.n_guessed else None
 
     def overrides(self, row: int) -> tuple[AdapterOverride, ...]:
         """Returns the overrides in force at a token."""
@@ -159,6 +169,13 @@ def shape_faults(track: Track, header: RunHeader) -> list[str]:
         faults.append(f"pieces: expected {track.n_tokens} texts, got {len(track.pieces)}")
     if not 0 <= track.n_prompt <= track.n_tokens:
         faults.append(f"n_prompt: expected 0 to {track.n_tokens}, got {track.n_prompt}")
+    if not 0 <= track.n_hit <= track.n_guessed <= track.n_tokens:
+        faults.append(
+            f"n_hit, n_guessed: expected 0 <= hits <= guesses <= {track.n_tokens} tokens, "
+            f"got {track.n_hit} and {track.n_guessed}"
+        )
+    elif track.n_guessed and track.arm.kind != "routed":
+        faults.append(f"n_guessed: a {track.arm.kind} arm has no scalings to guess for")
     if track.n_routed > track.n_tokens:
         faults.append(
             f"router_logits: {track.n_routed} rows are more than the {track.n_tokens} tokens"
