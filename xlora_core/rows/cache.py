@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from xlora_core.errors import ModelError
 from xlora_core.rows.batch import Segment
 
 
@@ -79,9 +80,37 @@ class RowCache:
         self.keys, self.values = keys, values
         self.n_rows, self.n_tokens = n_rows, n_tokens
 
+    def clear(self) -> None:
+        """Forgets all rows and frees their memory."""
+        self.keys, self.values = [], []
+        self.n_rows = self.n_tokens = 0
+        self.grow(0, 0)
+
     def _empty(self, *shape: int) -> Tensor:
         # Zeros, so that a masked position never brings a NaN into a product with 0.
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
+
+    def clear(self) -> None:
+        """Gives all rows up, and their memory."""
+        self.n_rows = self.n_tokens = 0
+        self.keys, self.values = [], []
+        self.grow(0, 0)
+
+    def check_room(self, segments: Iterable[Segment]) -> None:
+        """Raises unless there is a place for every token.
+
+        Raises:
+            ModelError: If a segment lies outside of the cache.
+        """
+        for segment in segments:
+            inside = 0 <= segment.row < self.n_rows and 0 <= segment.start
+            if not inside or segment.n < 1 or segment.stop > self.n_tokens:
+                raise ModelError(
+                    f"a segment of {segment.n} tokens at position {segment.start} of row "
+                    f"{segment.row} lies outside of the cache of {self.n_rows} rows with "
+                    f"{self.n_tokens} positions",
+                    hint="make room first: reader.cache.grow(n_rows, n_tokens)",
+                )
 
     def write(self, block: int, segment: Segment, keys: Tensor, values: Tensor) -> None:
         """Stores the keys and values of a segment's tokens.
