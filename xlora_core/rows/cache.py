@@ -90,12 +90,6 @@ class RowCache:
         # Zeros, so that a masked position never brings a NaN into a product with 0.
         return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
-    def clear(self) -> None:
-        """Gives all rows up, and their memory."""
-        self.n_rows = self.n_tokens = 0
-        self.keys, self.values = [], []
-        self.grow(0, 0)
-
     def check_room(self, segments: Iterable[Segment]) -> None:
         """Raises unless there is a place for every token.
 
@@ -103,7 +97,7 @@ class RowCache:
             ModelError: If a segment lies outside of the cache.
         """
         for segment in segments:
-            inside = 0 <= segment.row < self.n_rows and 0 <= segment.start
+            inside = 0 <= segment.row < self.n_rows and segment.start >= 0
             if not inside or segment.n < 1 or segment.stop > self.n_tokens:
                 raise ModelError(
                     f"a segment of {segment.n} tokens at position {segment.start} of row "
