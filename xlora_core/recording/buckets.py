@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from xlora_core.config import RoutingKnobs
@@ -17,6 +16,8 @@ from xlora_core.recording.texts import categorical
 from xlora_core.recording.track import Track
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from xlora_core.recording.run import Run
 
 BucketBy = Literal["position", "segment", "seq_len"]
@@ -95,6 +96,8 @@ def bucketed_tables(
 def _arm_table(
     run: Run, arm: int, by: BucketBy, width: int, knobs: RoutingKnobs | None
 ) -> pd.DataFrame:
+    import pandas as pd
+
     header, track = run.header, run.tracks[arm]
     bounds = bucket_bounds(track, by, width)
     statistics = _statistics(

@@ -10,11 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
-import pandas as pd
-import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
-
 from xlora_core.config import RoutingKnobs
 from xlora_core.errors import ConfigError, RecordError
 from xlora_core.recording.atomic_file import atomic_file
@@ -22,6 +17,9 @@ from xlora_core.recording.buckets import bucketed_tables
 from xlora_core.recording.long_table import long_tables
 
 if TYPE_CHECKING:
+    import pandas as pd
+    import pyarrow as pa
+
     from xlora_core.recording.run import Run
 
 ExportBy = Literal["position", "segment", "seq_len", "token"]
@@ -69,8 +67,10 @@ def csv_text(run: Run, by: ExportBy, **choice: Any) -> str:
 
 def write_parquet(run: Run, path: Path, by: ExportBy, **choice: Any) -> None:
     """Writes a table of the run as Parquet. See ``Run.to_parquet``."""
+    import pyarrow.parquet
+
     first, tables = _tables(run, by, **choice)
-    with _output(path) as file, pa.parquet.ParquetWriter(file, first.schema) as writer:
+    with _output(path) as file, pyarrow.parquet.ParquetWriter(file, first.schema) as writer:
         for table in tables:
             writer.write_table(table)
 
@@ -99,6 +99,9 @@ def _tables(
 
 
 def _arrow(frame: pd.DataFrame) -> pa.Table:
+    import pandas as pd
+    import pyarrow as pa
+
     defused = {
         str(name): column.cat.rename_categories([defuse(text) for text in column.cat.categories])
         for name, column in frame.items()
@@ -108,10 +111,12 @@ def _arrow(frame: pd.DataFrame) -> pa.Table:
 
 
 def _write_csv(file: BinaryIO, schema: pa.Schema, tables: Iterator[pa.Table]) -> None:
+    import pyarrow.csv
+
     # By hand: Arrow puts the names in quotes.
     file.write((",".join(schema.names) + "\n").encode("utf-8"))
-    options = pa.csv.WriteOptions(include_header=False)
-    with pa.csv.CSVWriter(file, schema, write_options=options) as writer:
+    options = pyarrow.csv.WriteOptions(include_header=False)
+    with pyarrow.csv.CSVWriter(file, schema, write_options=options) as writer:
         for table in tables:
             writer.write_table(table)
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from xlora_core.config import AdapterOverride, RoutingKnobs
@@ -15,6 +14,8 @@ from xlora_core.recording.reroute import FloatArray, track_scalings
 from xlora_core.recording.texts import categorical
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from xlora_core.recording.run import Run
 
 LONG_COLUMNS = (
@@ -97,6 +98,8 @@ class _TokenColumns:
 
     def frame(self, start: int, end: int) -> pd.DataFrame:
         """Returns the rows of the tokens ``start <= t < end``."""
+        import pandas as pd
+
         header, track = self._run.header, self._track
         end = min(end, track.n_tokens)
         shape = (end - start, header.n_lora_layers, header.n_adapters)
@@ -173,6 +176,8 @@ def _filled(values: FloatArray, shape: tuple[int, int, int]) -> FloatArray:
 
 def _nullable(values: NDArray[Any], token: NDArray[np.int64]) -> pd.Series[Any]:
     """Returns the values of the tokens, missing for tokens beyond the last value."""
+    import pandas as pd
+
     missing = token >= len(values)
     taken = np.zeros(len(token), dtype=values.dtype)
     taken[~missing] = values[token[~missing]]

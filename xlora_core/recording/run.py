@@ -6,9 +6,9 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from xlora_core.config import RoutingKnobs
@@ -19,6 +19,9 @@ from xlora_core.recording.export import ExportBy
 from xlora_core.recording.header import RunHeader
 from xlora_core.recording.reroute import track_scalings
 from xlora_core.recording.track import Track, shape_faults
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,6 +173,8 @@ class Run:
         Raises:
             ConfigError: If an argument is out of range.
         """
+        import pandas as pd
+
         tables = buckets.bucketed_tables(self, by, width=width, knobs=knobs, arm=arm)
         return pd.concat(list(tables), ignore_index=True)
 
@@ -188,6 +193,8 @@ class Run:
         Raises:
             ConfigError: If an argument is out of range.
         """
+        import pandas as pd
+
         return pd.concat(list(long_table.long_tables(self, knobs, arm=arm)), ignore_index=True)
 
     def to_csv(

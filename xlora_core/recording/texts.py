@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def printable(text: str) -> str:
@@ -28,6 +30,8 @@ def categorical(codes: NDArray[Any], texts: Iterable[str]) -> pd.Categorical:
             count as 0 and 1.
         texts: The texts; equal ones share a category.
     """
+    import pandas as pd
+
     numbers: dict[str, int] = {}
     of_text = [numbers.setdefault(printable(text), len(numbers)) for text in texts]
     row_codes = np.array([*of_text, -1], dtype=np.int64)[codes.astype(np.int64)]
