@@ -14,7 +14,7 @@ import torch
 from tests.recorded_runs import make_header, record
 from xlora_core import Arm, RoutingKnobs
 from xlora_core.errors import ConfigError, RecordError
-from xlora_core.recording import RunRecorder, Track, TrackRecorder
+from xlora_core.recording import RunRecorder, Track, TrackRecorder, bytes_per_token
 
 N_MODULES, N_ADAPTERS = 2, 3
 
@@ -185,6 +185,13 @@ def test_misuse_is_refused_and_changes_nothing(misuse, message) -> None:
     track = recorder.snapshot()
     assert track.pieces[:2] == ["a", "b"]
     assert (track.n_prompt, track.n_routed, track.finish_reason) == (1, 1, None)
+
+
+def test_the_bytes_of_a_token_are_those_of_the_arrays() -> None:
+    for n_layers, arm in ((N_MODULES, Arm.routed()), (None, Arm.base())):
+        recorder = TrackRecorder(arm, 7, n_layers, N_ADAPTERS, n_alternatives=4)
+        n_bytes = sum(array.nbytes for array in recorder._arrays.values())
+        assert bytes_per_token(n_layers, N_ADAPTERS, 4) * 7 == n_bytes
 
 
 def test_guesses_and_hits_are_counted() -> None:

@@ -33,6 +33,26 @@ _SMALLEST_FLOAT32 = float(np.finfo(np.float32).tiny)
 _NEUTRAL = {"top_k": 0, "temperature": 1, "global_weight": 1, "override_set": 0}
 
 
+def _row_shapes(
+    n_routed_layers: int | None, n_adapters: int, n_alternatives: int
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of a token's row in the arrays that have more than one value per token."""
+    return {
+        "router_logits": (n_routed_layers or 0, n_adapters),
+        "alternative_ids": (n_alternatives,),
+        "alternative_logprobs": (n_alternatives,),
+    }
+
+
+def bytes_per_token(n_routed_layers: int | None, n_adapters: int, n_alternatives: int = 5) -> int:
+    """Returns the bytes that the arrays of a ``TrackRecorder`` take for each token."""
+    inner = _row_shapes(n_routed_layers, n_adapters, n_alternatives)
+    return sum(
+        np.dtype(dtype).itemsize * math.prod(inner.get(name, ()))
+        for name, (dtype, _, _) in ARRAYS.items()
+    )
+
+
 class TrackRecorder:
     """Records one arm as it grows. Every method may be called by any thread.
 
@@ -67,11 +87,7 @@ class TrackRecorder:
         self._n_guessed = self._n_hit = 0
         self._logits_clipped = False
         self._finish_reason: FinishReason | None = None
-        inner = {
-            "router_logits": (n_routed_layers or 0, n_adapters),
-            "alternative_ids": (n_alternatives,),
-            "alternative_logprobs": (n_alternatives,),
-        }
+        inner = _row_shapes(n_routed_layers, n_adapters, n_alternatives)
         # Pages of an empty array take no memory before they are written.
         self._arrays: dict[str, NDArray[Any]] = {
             name: np.empty((capacity, *inner.get(name, ())), dtype)
