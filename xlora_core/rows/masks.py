@@ -1,0 +1,148 @@
+"""Which places of a row a token sees, in the forms that Hugging Face's models take."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xlora_core.errors import ModelError
+from xlora_core.passes import accepted
+from xlora_core.rows.batch import RowBatch
+from xlora_core.rows.layout import Grid, one_by_one, side_by_side
+
+# (position of the token, place of the key) -> whether the layer looks there; causal besides.
+Rule = Callable[[Tensor, Tensor], Tensor]
+
+
+class RowMasks(ABC):
+    """How a model is told what a token sees: layout of the batch, and mask."""
+
+    @abstractmethod
+    def grids(self, batch: RowBatch) -> list[Grid]:
+        """Lays a batch out so that the masks can say what its tokens see."""
+
+    @abstractmethod
+    def of(self, grid: Grid) -> Tensor | dict[str, Tensor] | None:
+        """Returns the ``attention_mask`` of a grid; None if the model's own is right."""
+
+    @abstractmethod
+    def n_seen(self, grid: Grid) -> int:
+        """Returns how many tokens the cache shall say it holds before the call."""
+
+
+class ExplicitMasks(RowMasks):
+    """``[S, 1, Q, T]`` masks, as models take them from ``generate`` with a static cache.
+
+    Args:
+        backbone: The model without its head; its config names the windows of its layers.
+
+    Raises:
+        ModelError: If the model's layers or its attention take no such mask.
+
+    Source: transformers 5.23, ``create_masks_for_generate``.
+    """
+
+    def __init__(self, backbone: Any) -> None:
+        if not accepted(backbone, {"position_ids": None}):
+            # It counts places: a sibling's place is not its position.
+            raise ModelError("the model takes no positions")
+        config = backbone.config.get_text_config()
+        self._rules = rules(config)
+        implementation = config._attn_implementation  # noqa: SLF001  # as the model asks
+        if implementation not in ("eager", "sdpa"):
+            raise ModelError(
+                f"attention {implementation!r} takes no explicit mask, expected eager or sdpa"
+            )
+        self._additive: torch.dtype | None = backbone.dtype if implementation == "eager" else None
+
+    def grids(self, batch: RowBatch) -> list[Grid]:
+        """All lines side by side."""
+        return side_by_side(batch)
+
+    def n_seen(self, grid: Grid) -> int:
+        """The first line's position; matters for one line only, else the mask says it."""
+        return grid.lines[0].segment.start
+
+    def of(self, grid: Grid) -> Tensor | dict[str, Tensor] | None:
+        """One mask, or one by layer type."""
+        if grid.is_one_text:
+            return None
+        if isinstance(self._rules, dict):
+            return {kind: self._mask(rule, grid) for kind, rule in self._rules.items()}
+        return self._mask(self._rules, grid)
+
+    def _mask(self, rule: Rule | None, grid: Grid) -> Tensor:
+        position = grid.positions[:, None, :, None]
+        place = torch.arange(grid.n_places, device=position.device)
+        seen = place <= position
+        if rule is not None:
+            seen &= rule(position, place)
+        if grid.has_siblings:
+            # The places from ``start`` on hold the other siblings.
+            seen &= (place < position) | ~grid.are_siblings[:, None, None, None]
+            seen |= place == grid.places[:, None, :, None]
+        if self._additive is None:
+            return seen
+        hidden = torch.finfo(self._additive).min
+        return torch.zeros_like(seen, dtype=self._additive).masked_fill_(~seen, hidden)
+
+
+class PaddingMasks(RowMasks):
+    """``[S, T]`` masks, for models that compute more from a mask than what is seen (ALiBi).
+
+    They can say where a line ends, not what a token inside it sees: chunks run alone.
+    """
+
+    def grids(self, batch: RowBatch) -> list[Grid]:
+        """Single tokens side by side, chunks alone."""
+        return one_by_one(batch)
+
+    def n_seen(self, grid: Grid) -> int:
+        """All places of single tokens; the mask takes away what a line does not have."""
+        return grid.n_places - grid.width
+
+    def of(self, grid: Grid) -> Tensor | None:
+        """1 for the places up to the token's position."""
+        if grid.is_one_text:
+            return None
+        place = torch.arange(grid.n_places, device=grid.positions.device)
+        return (place <= grid.positions).to(torch.int64)
+
+
+def rules(config: Any) -> Rule | dict[str, Rule | None] | None:
+    """Returns what the layers look at, by layer type if the model takes one mask for each.
+
+    None is everything before the token.
+
+    Raises:
+        ModelError: If a layer is not known to attend to keys and values alone.
+    """
+    if hasattr(config, "layer_types"):
+        by_type: dict[str, Rule | None] = {}
+        for kind in dict.fromkeys(config.layer_types):
+            if kind == "full_attention":
+                by_type[kind] = None
+            elif kind == "sliding_attention":
+                by_type[kind] = _window(config.sliding_window)
+            elif kind == "chunked_attention":
+                by_type[kind] = _chunks(config.attention_chunk_size)
+            else:
+                raise ModelError(f"the model has layers of type {kind!r}")
+        return by_type
+    if getattr(config, "sliding_window", None) is not None:
+        return _window(config.sliding_window)
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return _chunks(config.attention_chunk_size)
+    return None
+
+
+def _window(size: int) -> Rule:
+    return lambda position, place: place > position - size
+
+
+def _chunks(size: int) -> Rule:
+    return lambda position, place: place // size == position // size
