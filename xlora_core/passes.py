@@ -141,7 +141,7 @@ class XLoraPasses(XLoraControls, nn.Module):
         inputs = {k: v for k, v in inputs.items() if v is not None and k not in HEAD_ARGUMENTS}
         inputs["return_dict"] = True
         backbone = self.base_model.base_model
-        with self.active_scalings.hold(self._constant_scalings(knobs)):
+        with self.active_scalings.hold(self.scaling_pass_scalings(knobs)):
             if not with_lm_logits and backbone is not self.base_model:
                 hidden = backbone(**accepted(backbone, inputs)).last_hidden_state
                 return hidden, None
@@ -151,7 +151,15 @@ class XLoraPasses(XLoraControls, nn.Module):
             )
             return output.hidden_states[-1], output.logits[:, -1:] if with_lm_logits else None
 
-    def _constant_scalings(self, knobs: RoutingKnobs | None) -> Tensor | None:
+    def scaling_pass_scalings(self, knobs: RoutingKnobs | None = None) -> Tensor | None:
+        """Returns what the adapters are held at in the scaling pass.
+
+        Args:
+            knobs: Top-k and global weight act on a non-zero ``scaling_pass_value``, as in PEFT.
+
+        Returns:
+            ``[1, 1, 1, K]``; None for a value of 0, which is the base model.
+        """
         value = self._config_xlora.scaling_pass_value
         if value == 0:
             return None

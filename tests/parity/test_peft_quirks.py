@@ -131,7 +131,7 @@ def test_a4_top_k_is_two_products_a_module_whatever_k_is(tmp_path: Path) -> None
 
 def test_a6_the_constant_of_the_scaling_pass_is_made_where_the_model_is(tmp_path: Path) -> None:
     model = tiny_xlora(tmp_path, scaling_pass_value=0.25).to("meta")
-    constant = model._constant_scalings(None)
+    constant = model.scaling_pass_scalings()
     assert constant is not None
     assert constant.device.type == "meta"
 

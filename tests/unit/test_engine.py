@@ -14,7 +14,7 @@ from tests.pacer import Pacer
 from tests.tiny_chat import EXPERTS, tiny_chat_base, tiny_chat_xlora, tiny_tokenizer
 from tests.tiny_models import families
 from xlora_core.config import Arm, RoutingKnobs, SamplingParams
-from xlora_core.engine import ArmFinished, Engine, Finished, Queued, Started, TokenEvent, tracks
+from xlora_core.engine import ArmFinished, Engine, Finished, Queued, Started, TokenEvent, scheduler
 from xlora_core.model import XLoraModel
 
 TOKENIZER = tiny_tokenizer()
@@ -32,6 +32,13 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> XLoraModel:
 @pytest.fixture
 def engine(model: XLoraModel) -> Iterator[Engine]:
     with Engine(model, TOKENIZER, model_id="tiny") as engine:
+        yield engine
+
+
+@pytest.fixture
+def paced_engine(model: XLoraModel) -> Iterator[Engine]:
+    """An engine of one request at a time, whose reads a pacer can hold."""
+    with Engine(model, TOKENIZER, max_active=1, batched=False) as engine:
         yield engine
 
 
@@ -116,7 +123,7 @@ def test_a_prompt_read_in_parts_gives_the_same_run(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = engine.run(PROMPT, sampling=GREEDY)
-    monkeypatch.setattr(tracks, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 4)
     parts = engine.run(PROMPT, sampling=GREEDY)
     assert len(PROMPT_IDS) > 8
     assert parts.tracks[0].token_ids.tolist() == whole.tracks[0].token_ids.tolist()
@@ -236,11 +243,11 @@ def test_an_answer_ends_where_the_context_window_does(tmp_path: Path) -> None:
 
 
 def test_knobs_change_from_the_next_token_on(
-    engine: Engine, model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+    paced_engine: Engine, model: XLoraModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pacer = Pacer(model, monkeypatch)
     before, after = RoutingKnobs(temperature=0.5), RoutingKnobs(top_k=1, global_weight=2.0)
-    handle = engine.submit(PROMPT, [Arm.routed(before)], GREEDY)
+    handle = paced_engine.submit(PROMPT, [Arm.routed(before)], GREEDY)
     pacer.hold()  # prompt about to be read
     pacer.step(3)  # prompt and two tokens read, third token (row n + 2) on its way
     assert handle.set_knobs(0, after)
@@ -259,12 +266,12 @@ def test_knobs_change_from_the_next_token_on(
 
 
 def test_knobs_of_a_waiting_request_are_its_first(
-    engine: Engine, model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+    paced_engine: Engine, model: XLoraModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pacer = Pacer(model, monkeypatch)
-    engine.submit(PROMPT, sampling=GREEDY)
+    paced_engine.submit(PROMPT, sampling=GREEDY)
     pacer.hold()
-    waiting = engine.submit(PROMPT, sampling=GREEDY)
+    waiting = paced_engine.submit(PROMPT, sampling=GREEDY)
     knobs = RoutingKnobs(top_k=2)
     waiting.set_knobs(0, knobs)
     pacer.release()
@@ -291,7 +298,7 @@ def test_concurrent_requests_get_what_they_get_alone(engine: Engine) -> None:
     for handle, expected in zip(handles, alone, strict=True):
         run = handle.wait()
         assert run.tracks[0].token_ids.tolist() == expected.tracks[0].token_ids.tolist()
-        np.testing.assert_array_equal(run.scalings(0), expected.scalings(0))
+        np.testing.assert_allclose(run.scalings(0), expected.scalings(0), atol=2e-3)
     assert alone[0].tracks[0].token_ids.tolist() != alone[1].tracks[0].token_ids.tolist()
 
 
@@ -308,9 +315,9 @@ def test_the_seed_reproduces_a_sampled_run(engine: Engine) -> None:
     assert tokens(2) != first
 
 
-def test_events_tell_the_run_in_order(engine: Engine) -> None:
+def test_events_tell_the_run_in_order(paced_engine: Engine) -> None:
     arms = [Arm.routed(RoutingKnobs(top_k=2)), Arm.merged()]
-    events = list(engine.stream(PROMPT, arms, SamplingParams(max_new_tokens=3)))
+    events = list(paced_engine.stream(PROMPT, arms, SamplingParams(max_new_tokens=3)))
     assert events[:2] == [
         Queued(position=1),
         Started(arms=tuple(arms), n_prompt_tokens=len(PROMPT_IDS)),
@@ -338,10 +345,10 @@ def test_events_tell_the_run_in_order(engine: Engine) -> None:
 
 
 def test_a_record_can_be_watched_while_it_grows(
-    engine: Engine, model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+    paced_engine: Engine, model: XLoraModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pacer = Pacer(model, monkeypatch)
-    handle = engine.submit(PROMPT, sampling=GREEDY)
+    handle = paced_engine.submit(PROMPT, sampling=GREEDY)
     pacer.hold()
     n_tokens, versions = [], []
     for _ in range(3):

@@ -18,7 +18,7 @@ from tests.recorded_runs import assert_same_run, make_header, make_run
 from tests.tiny_chat import EXPERTS, tiny_tokenizer
 from tests.tiny_models import families
 from xlora_core.config import Arm, RoutingKnobs, SamplingParams
-from xlora_core.engine import Engine, tracks
+from xlora_core.engine import Engine, scheduler
 from xlora_core.errors import EngineError, RecordError, RunFileError
 from xlora_core.model import XLoraModel
 from xlora_core.recording import Run, header_json
@@ -102,7 +102,7 @@ def test_a_prompt_read_in_parts_gives_the_same_run(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = engine.run(PROMPT, sampling=GREEDY)
-    monkeypatch.setattr(tracks, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 4)
     parts = engine.run(PROMPT, sampling=GREEDY)
     assert parts.tracks[0].token_ids.tolist() == whole.tracks[0].token_ids.tolist()
     np.testing.assert_allclose(parts.scalings(0), whole.scalings(0), atol=1e-3)

@@ -8,13 +8,14 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from tests.pacer import Pacer
 from tests.tiny_chat import tiny_chat_xlora, tiny_tokenizer
 from xlora_core.config import Arm, RoutingKnobs, SamplingParams
-from xlora_core.engine import Engine, Failed, Finished, Queued, TokenEvent, tracks
+from xlora_core.engine import Engine, Failed, Finished, Queued, TokenEvent, scheduler
 from xlora_core.engine.engine import stop_token_ids
 from xlora_core.errors import ConfigError, EngineError, PromptError, QueueFullError
 from xlora_core.model import XLoraModel
@@ -34,7 +35,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> XLoraModel:
 
 @pytest.fixture
 def engine(model: XLoraModel) -> Iterator[Engine]:
-    with Engine(model, TOKENIZER, max_queue=2) as engine:
+    """An engine of one request at a time, whose reads a pacer can hold."""
+    with Engine(model, TOKENIZER, max_queue=2, max_active=1, batched=False) as engine:
         yield engine
 
 
@@ -125,7 +127,7 @@ def test_cancel_while_decoding_takes_effect_within_a_token(engine: Engine, pacer
     run = handle.wait(PATIENCE)
     assert handle.state == "cancelled"
     assert handle.error is None
-    assert pacer.n_reads <= n_before + 1
+    assert pacer.n_reads <= n_before + 2  # the token that both arms are at
     for track in run.tracks:
         assert track.finish_reason == "cancelled"
         assert N_PROMPT + 2 <= len(track.token_ids) <= N_PROMPT + 3
@@ -138,7 +140,7 @@ def test_cancel_while_decoding_takes_effect_within_a_token(engine: Engine, pacer
 def test_cancel_while_the_prompt_is_read(
     engine: Engine, pacer: Pacer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tracks, "PREFILL_CHUNK", 2)
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 2)
     handle = engine.submit("the quick brown fox " * 3, [Arm.routed(), Arm.base()], LONG)
     pacer.hold()
     pacer.step()
@@ -146,8 +148,8 @@ def test_cancel_while_the_prompt_is_read(
     pacer.release()
     run = handle.wait(PATIENCE)
     assert handle.state == "cancelled"
-    assert [len(track.token_ids) for track in run.tracks] == [4, 0]
-    assert run.tracks[0].n_routed == 4
+    assert [len(track.token_ids) for track in run.tracks] == [2, 2]
+    assert run.tracks[0].n_routed == 2
 
 
 def test_closing_a_stream_cancels(engine: Engine, pacer: Pacer) -> None:
@@ -331,7 +333,7 @@ def test_there_is_no_run_before_the_start(engine: Engine, pacer: Pacer) -> None:
 def test_closing_fails_what_runs_and_what_waits(
     model: XLoraModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(model, TOKENIZER)
+    engine = Engine(model, TOKENIZER, max_active=1, batched=False)
 
     def close_at_the_second_read(number: int) -> None:
         if number == 1:
@@ -367,7 +369,8 @@ def test_a_model_in_training_mode_answers_without_dropout(tmp_path: Path) -> Non
     model = tiny_chat_xlora(tmp_path, xlora_depth=2, xlora_size=16, xlora_dropout_p=0.9)
     with Engine(model.train(), TOKENIZER) as engine:
         runs = [engine.run(PROMPT, sampling=SHORT) for _ in range(2)]
-    assert (runs[0].scalings() == runs[1].scalings()).all()
+    # Which tokens share a read may differ, and with it the last bits.
+    assert np.allclose(runs[0].scalings(), runs[1].scalings(), atol=1e-3)
 
 
 def test_stop_tokens_come_from_the_first_place_that_names_any() -> None:

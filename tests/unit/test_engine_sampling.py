@@ -13,7 +13,7 @@ from transformers.generation.logits_process import (
 )
 
 from xlora_core.config import SamplingParams
-from xlora_core.engine.sampling import Sampler, log_softmax
+from xlora_core.engine.sampling import Sampler, log_total
 from xlora_core.errors import EngineError
 
 LOGITS = torch.tensor([0.5, 3.0, -1.0, 2.5, 2.9, -torch.inf])
@@ -113,7 +113,7 @@ def test_logits_that_are_not_finite_are_refused(bad: float) -> None:
 
 def test_all_tokens_at_minus_infinity_are_refused() -> None:
     with pytest.raises(EngineError, match="logits are not finite"):
-        log_softmax(torch.full((3,), -torch.inf))
+        log_total(torch.full((3,), -torch.inf))
 
 
 def test_half_precision_logits_are_measured_in_float32() -> None:

@@ -318,6 +318,13 @@ def engine(chat_model: XLoraModel) -> Iterator[Engine]:
     chat_model.clear_adapter_overrides()
 
 
+@pytest.fixture
+def paced_engine(chat_model: XLoraModel) -> Iterator[Engine]:
+    """An engine whose reads a pacer can hold."""
+    with Engine(chat_model, TOKENIZER, batched=False) as engine:
+        yield engine
+
+
 def test_arms_of_one_request_have_their_own_overrides(
     engine: Engine, chat_model: XLoraModel
 ) -> None:
@@ -346,10 +353,10 @@ def test_an_arm_without_knobs_takes_the_models_overrides(
 
 
 def test_live_overrides_apply_from_the_next_token_and_are_recorded(
-    engine: Engine, chat_model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+    paced_engine: Engine, chat_model: XLoraModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pacer = Pacer(chat_model, monkeypatch)
-    handle = engine.submit(PROMPT, [Arm.routed()], GREEDY)
+    handle = paced_engine.submit(PROMPT, [Arm.routed()], GREEDY)
     pacer.hold()
     pacer.step(3)
     first = knobs_of(mute("math"), mute("code"))

@@ -150,7 +150,7 @@ class XLoraEncoderDecoder(XLoraPasses):
     @torch.no_grad()
     def _scaling_source(self, knobs: RoutingKnobs | None, inputs: Mapping[str, Any]) -> Tensor:
         """Returns the encoder's last hidden state ``[B, S, H]`` in the scaling pass."""
-        with self.active_scalings.hold(self._constant_scalings(knobs)):
+        with self.active_scalings.hold(self.scaling_pass_scalings(knobs)):
             hidden: Tensor = run_encoder(
                 self.base_model, {k: v for k, v in inputs.items() if k not in HEAD_ARGUMENTS}
             ).last_hidden_state
@@ -215,7 +215,7 @@ class XLoraEncoderDecoder(XLoraPasses):
             "encoder_outputs": BaseModelOutput(last_hidden_state=source),
             "return_dict": True,
         }
-        with self.active_scalings.hold(self._constant_scalings(knobs)):
+        with self.active_scalings.hold(self.scaling_pass_scalings(knobs)):
             # Without the decoder's inputs only the whole model knows how to make them.
             if with_target and not with_lm_logits:
                 headless = run_without_head(self.base_model, inputs)

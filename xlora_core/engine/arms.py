@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from xlora_core.config import Arm, RoutingKnobs
-from xlora_core.errors import EngineError
+from xlora_core.engine.runner import check_router_logits
 from xlora_core.kv_cache import DualCache
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class ArmDecoder:
             return Reading(
                 logits=gated.output.logits[0, -1],
                 base_logits=None,
-                router_logits=_checked_rows(gated.router_logits),
+                router_logits=check_router_logits(gated.router_logits[0].to("cpu")),
             )
         if self._routed:
             return self._read_two_passes(inputs, knobs)
@@ -95,7 +95,7 @@ class ArmDecoder:
             knobs=knobs,
             with_lm_logits=self._with_base_logits and is_base,
         )
-        router_logits = _checked_rows(scaling.router_logits)
+        router_logits = check_router_logits(scaling.router_logits[0].to("cpu"))
         scalings = self._model.route(scaling.router_logits, knobs)
         output = self._model.main_pass(scalings=scalings, **inputs)
         return Reading(
@@ -122,11 +122,7 @@ class ArmDecoder:
             logits_to_keep=1,
             knobs=knobs,
         )
-        return _checked_rows(router_logits)
-
-    def release(self) -> None:
-        """Frees the KV caches; the arm reads nothing any more."""
-        self._cache = self._model.new_cache()
+        return check_router_logits(router_logits[0].to("cpu"))
 
     def _input_ids(self, token_ids: Sequence[int]) -> Tensor:
         return torch.tensor([list(token_ids)], dtype=torch.long, device=self._model.device)
@@ -139,14 +135,3 @@ def constant_scalings(arm: Arm, adapter_names: Sequence[str]) -> list[float] | N
     if arm.kind == "expert":
         return [float(name == arm.adapter) for name in adapter_names]
     return None
-
-
-def _checked_rows(router_logits: Tensor) -> Tensor:
-    """``[1, n, L or 1, K]`` -> ``[n, L or 1, K]`` on the CPU, refusing NaN and infinity."""
-    rows = router_logits[0].to("cpu")
-    if not torch.isfinite(rows).all():
-        raise EngineError(
-            "the router's logits are not finite (NaN or infinity)",
-            hint="the router is damaged or its training diverged; take an earlier checkpoint",
-        )
-    return rows

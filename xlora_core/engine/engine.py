@@ -15,12 +15,18 @@ import torch
 
 from xlora_core.config import Arm, SamplingParams
 from xlora_core.engine import identity
+from xlora_core.engine.faults import closed_error
 from xlora_core.engine.handle import EventStream, RequestHandle
+from xlora_core.engine.overlap import OVERLAP_MODES, Overlap, OverlapMode
 from xlora_core.engine.prompts import Prompt, encode_prompt
 from xlora_core.engine.requests import Request
-from xlora_core.engine.serving import serve
+from xlora_core.engine.row_runner import RowRunner
+from xlora_core.engine.runner import Runner
+from xlora_core.engine.scheduler import Scheduler
+from xlora_core.engine.turns import TurnRunner
 from xlora_core.errors import ConfigError, EngineError, ModelError, QueueFullError
 from xlora_core.recording import RunHeader
+from xlora_core.rows import opening
 
 if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
@@ -30,20 +36,28 @@ _DEFAULT_ARMS = (Arm.routed(),)
 
 
 class Engine:
-    """Answers prompts with an X-LoRA model, one request at a time, first come first served.
+    """Answers prompts with an X-LoRA model, many requests at a time, first come first served.
 
-    A daemon thread owns the model; every method here may be called by any thread. A request
-    that fails does so alone. Use it as a context manager, or call ``close``.
+    A daemon thread owns the model; every method here may be called by any thread. All arms of all
+    running requests share one run over the weights per token, where the base model allows it
+    (``open_rows`` says why not); otherwise they take turns. A request that fails does so alone.
+    Use it as a context manager, or call ``close``.
 
     Args:
         model: The model; put in evaluation mode. Nobody else should change it meanwhile; its
             adapters cannot be edited until the engine is closed.
         tokenizer: The Hugging Face tokenizer of its base model.
-        max_queue: Most requests that wait, beside the one that runs; >= 1.
+        max_queue: Most requests that wait, beside those that run; >= 1.
+        max_active: Most requests that run at the same time; >= 1.
+        overlap: Whether the scalings of the next token are fetched ahead, for a guess of what it
+            will be: ``"auto"`` when that was found to pay. No result depends on it.
+        n_guesses: Guesses of the next token that are read at once; >= 1. More are right more
+            often, and pay where rows are nearly free.
+        batched: False lets arms and requests take turns in any case.
         model_id: Name of the model for run files; the base model's path if empty.
 
     Raises:
-        ConfigError: If ``max_queue`` is out of range.
+        ConfigError: If an option is out of range.
         ModelError: If the base model is an encoder-decoder, or writes no text.
 
     Example:
@@ -52,20 +66,44 @@ class Engine:
     """
 
     def __init__(
-        self, model: XLoraModel, tokenizer: Any, *, max_queue: int = 8, model_id: str = ""
+        self,
+        model: XLoraModel,
+        tokenizer: Any,
+        *,
+        max_queue: int = 8,
+        max_active: int = 8,
+        overlap: OverlapMode = "auto",
+        n_guesses: int = 1,
+        batched: bool = True,
+        model_id: str = "",
     ) -> None:
-        if isinstance(max_queue, bool) or not isinstance(max_queue, int) or max_queue < 1:
-            raise ConfigError(f"max_queue must be a whole number >= 1, got {max_queue!r}")
+        for name, value in (
+            ("max_queue", max_queue),
+            ("max_active", max_active),
+            ("n_guesses", n_guesses),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
+        if overlap not in OVERLAP_MODES:
+            raise ConfigError(f"overlap must be one of {', '.join(OVERLAP_MODES)}, got {overlap!r}")
         _check_serves(model)
         self._model = model.eval()
         self._tokenizer = tokenizer
         self._max_queue = max_queue
+        self._max_active = max_active
         self._model_id = model_id or str(getattr(model.config, "name_or_path", ""))
         self._context_length = model.context_length
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._base_hash = identity.base_fingerprint(model)
         self._adapter_hashes = identity.adapter_fingerprints(model)
+        self._overlap = Overlap(overlap, n_guesses)
+        self._scheduler = Scheduler(
+            self._runner(batched=batched),
+            tokenizer,
+            stop_ids=self._stop_ids,
+            context_length=self._context_length,
+        )
         self._queue: deque[Request] = deque()
         self._changed = threading.Condition()
         self._closed = False
@@ -273,41 +311,44 @@ class Engine:
         for position, request in enumerate(list(self._queue), start=1):
             request.announce_position(position)
 
-    def _next_request(self) -> Request | None:
-        with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._closed)
-            if self._closed:
-                return None
-            request = self._queue.popleft()
-            self._announce_positions()
-            return request
+    def _runner(self, *, batched: bool) -> Runner:
+        reader = opening.open_rows(self._model) if batched else None
+        if reader is None:
+            return TurnRunner(self._model)
+        return RowRunner(self._model, reader, self._overlap)
 
     def _work(self) -> None:
         """The engine thread: nobody but it runs the model."""
-        request = None
         try:
             with torch.inference_mode():
-                while (request := self._next_request()) is not None:
-                    serve(
-                        request,
-                        self._model,
-                        self._tokenizer,
-                        stop_ids=self._stop_ids,
-                        context_length=self._context_length,
-                        check_open=self._check_not_closing,
-                    )
+                while self._admit():
+                    self._scheduler.round()
         finally:
             # Whatever ends the thread, nobody is left to wait for ever.
             with self._changed:
                 self._closed = True
-                for left in [*([request] if request else []), *self._queue]:
-                    left.fail(_closed_error("before this request was served"))
+                self._scheduler.fail_all(closed_error("while this request ran"))
+                for request in self._queue:
+                    request.fail(closed_error("before this request was served"))
                 self._queue.clear()
             self._model.edit_guard.release()
 
-    def _check_not_closing(self) -> None:
-        if self.closed:
-            raise _closed_error("while this request ran")
+    def _admit(self) -> bool:
+        """Waits for work and starts what there is room for; False when the engine closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._queue or self._scheduler.n_active or self._closed)
+            new: list[Request] = []
+            while (
+                self._queue
+                and not self._closed
+                and self._scheduler.n_active + len(new) < self._max_active
+            ):
+                new.append(self._queue.popleft())
+            if new:
+                self._announce_positions()
+        for request in new:
+            self._scheduler.admit(request)
+        return not self.closed
 
 
 def _check_serves(model: XLoraModel) -> None:
@@ -323,10 +364,6 @@ def _check_serves(model: XLoraModel) -> None:
             f"{name} writes no text, the engine serves models that generate",
             hint="call the model itself",
         )
-
-
-def _closed_error(when: str) -> EngineError:
-    return EngineError(f"the engine was closed {when}", hint="submit it to a new Engine")
 
 
 def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:

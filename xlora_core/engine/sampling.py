@@ -33,7 +33,9 @@ class Sampler:
     """Picks the tokens of one arm.
 
     Every arm has its own generator, seeded alike: arms whose distributions agree draw the same
-    token, so what differs between arms comes from the models and not from the dice.
+    token, so what differs between arms comes from the models and not from the dice. For the same
+    reason a guess, made from the base model's logits, draws with the noise that the choice it
+    anticipates will draw with.
 
     Args:
         params: Temperature, top-p, top-k, repetition penalty, seed.
@@ -46,6 +48,7 @@ class Sampler:
     ) -> None:
         self._params = params
         self._generator = torch.Generator().manual_seed(params.seed)
+        self._noise: Tensor | None = None  # of the next choice
         self._seen = sorted(set(prompt_ids)) if params.repetition_penalty != 1.0 else []
         self._n_alternatives = n_alternatives
 
@@ -59,24 +62,41 @@ class Sampler:
             EngineError: If the logits hold NaN or infinity.
         """
         logits = on_cpu(logits)
-        logprobs = log_softmax(logits)
-        token_id = int(self._pick(logits))
+        total = log_total(logits)
+        token_id = int(self._scores(logits).argmax())
+        self._noise = None
         if self._params.repetition_penalty != 1.0:
             self._seen.append(token_id)
-        best = torch.topk(logprobs, min(self._n_alternatives, logprobs.shape[0]))
+        best = torch.topk(logits, min(self._n_alternatives, logits.shape[0]))
         return Choice(
             token_id=token_id,
-            logprob=float(logprobs[token_id]),
+            logprob=float(logits[token_id] - total),
             alternative_ids=best.indices.tolist(),
-            alternative_logprobs=best.values.tolist(),
+            alternative_logprobs=(best.values - total).tolist(),
         )
 
-    def _pick(self, logits: Tensor) -> Tensor:
+    def guess(self, logits: Tensor, n: int = 1) -> list[int]:
+        """Returns the tokens that the next choice would most likely be, from other logits.
+
+        The first is what ``choose`` would return for these logits. Nothing is used up: the next
+        choice draws with the same noise.
+
+        Args:
+            logits: ``[V]``, another model's logits after the same tokens, finite.
+            n: How many tokens to name.
+        """
+        scores = self._scores(on_cpu(logits))
+        if n == 1:
+            return [int(scores.argmax())]
+        return [int(token) for token in torch.topk(scores, min(n, scores.shape[0])).indices]
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """Returns ``[V]`` of which the largest is the token drawn."""
         params = self._params
         if params.repetition_penalty != 1.0:
             logits = _penalised(logits, self._seen, params.repetition_penalty)
         if params.temperature == 0:
-            return logits.argmax()
+            return logits
         # The best logit becomes 0, so that no temperature, however small, overflows.
         logits = (logits - logits.max()) / params.temperature
         if params.top_k is not None and params.top_k < logits.shape[0]:
@@ -86,9 +106,11 @@ class Sampler:
             logits = _nucleus(logits, params.top_p)
         # The exponential race draws from softmax(logits) with one noise value per token: two
         # distributions under the same noise agree as often as they can.
-        noise = torch.empty_like(logits).exponential_(generator=self._generator)
-        noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # 0 would make a dropped token NaN
-        return (logits - noise.log()).argmax()
+        if self._noise is None:
+            noise = torch.empty_like(logits).exponential_(generator=self._generator)
+            noise.clamp_(min=torch.finfo(noise.dtype).tiny)  # 0 would make a dropped token NaN
+            self._noise = noise.log_()
+        return logits - self._noise
 
 
 def on_cpu(logits: Tensor) -> Tensor:
@@ -96,8 +118,8 @@ def on_cpu(logits: Tensor) -> Tensor:
     return logits.detach().to("cpu", torch.promote_types(logits.dtype, torch.float32))
 
 
-def log_softmax(logits: Tensor) -> Tensor:
-    """Returns log-probabilities ``[V]``.
+def log_total(logits: Tensor) -> Tensor:
+    """Returns what to take off logits ``[V]`` to have log-probabilities.
 
     Raises:
         EngineError: If the logits hold NaN or infinity (a token at -inf is allowed).
@@ -109,7 +131,17 @@ def log_softmax(logits: Tensor) -> Tensor:
             hint="lower the global weight; if it happens at 1.0, an adapter or the base model is "
             "damaged or overflows in its dtype: load it in float32",
         )
-    return logits - total
+    return total
+
+
+def logprob_of(logits: Tensor, token_id: int) -> float:
+    """Returns a token's natural log-probability under logits ``[V]``, any device.
+
+    Raises:
+        EngineError: If the logits hold NaN or infinity.
+    """
+    logits = on_cpu(logits)
+    return float(logits[token_id] - log_total(logits))
 
 
 def _penalised(logits: Tensor, seen: list[int], penalty: float) -> Tensor:

@@ -1,45 +1,50 @@
-"""One arm of a running request: it reads, chooses, and records a token at a time."""
+"""What one arm of a running request writes: tokens, text, record and events."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from xlora_core.config import RoutingKnobs
-from xlora_core.engine.arms import ArmDecoder, Reading
 from xlora_core.engine.events import ArmFinished, TokenEvent
 from xlora_core.engine.requests import Request
-from xlora_core.engine.sampling import Sampler, log_softmax, on_cpu
+from xlora_core.engine.sampling import Sampler, logprob_of
 from xlora_core.engine.text import decode_pieces, piece_decoder
 from xlora_core.errors import EngineError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from xlora_core.model import XLoraModel
     from xlora_core.recording import FinishReason, TrackRecorder
 
 
 N_ALTERNATIVES = 5
-# Long prompts are read in parts, so that a cancel need not wait for the whole of one.
-PREFILL_CHUNK = 512
 # A routed arm needs some knobs to be read with; other arms take no notice of theirs.
 _NO_KNOBS = RoutingKnobs()
 
 
 class ArmTrack:
-    """One arm of a running request: decoder, sampler, text and record together.
+    """One arm of a running request: sampler, text and record together. It never runs the model.
 
     Args:
         index: The arm's number in the request.
         request: The request.
         recorder: Where its rows go.
-        model: The model.
         tokenizer: The tokenizer.
         stop_ids: Tokens that end an answer.
         context_length: Most tokens, prompt and answer together.
+
+    Attributes:
+        arm: The arm.
+        n_tokens: Tokens known, read by the model or not.
+        limit: Most tokens, prompt and answer together.
+        unread: The last token written, which the model has yet to read; None before the first.
+        ending: Why the arm writes no more, while the routing of its last token is still to be
+            recorded.
+        finished: Whether the record is closed.
+        sampler: Picks its tokens.
     """
 
     def __init__(
@@ -47,100 +52,81 @@ class ArmTrack:
         index: int,
         request: Request,
         recorder: TrackRecorder,
-        model: XLoraModel,
         tokenizer: Any,
         *,
         stop_ids: frozenset[int],
         context_length: int,
     ) -> None:
-        self._index = index
+        self.index = index
+        self.arm = request.arms[index]
+        self.is_routed = self.arm.kind == "routed"
         self._request = request
         self._recorder = recorder
         self._stop_ids = stop_ids
         prompt = request.prompt.token_ids
-        self._limit = min(len(prompt) + request.sampling.max_new_tokens, context_length)
-        self._decoder = ArmDecoder(
-            model, request.arms[index], with_base_logits=request.with_base_logprob
-        )
-        self._sampler = Sampler(request.sampling, prompt, n_alternatives=N_ALTERNATIVES)
+        self.limit = min(len(prompt) + request.sampling.max_new_tokens, context_length)
+        self.sampler = Sampler(request.sampling, prompt, n_alternatives=N_ALTERNATIVES)
         self._text = piece_decoder(tokenizer)
-        self._n_tokens = 0  # tokens known, read or not
-        self._unread: list[int] = []  # the last token written, which the model has yet to read
-        self._started = 0.0
+        self.n_tokens = 0
+        self.unread: int | None = None
+        self.ending: FinishReason | None = None
         self.finished = False
+        self._started = 0.0
 
-    def prefill(self, check: Callable[[], None]) -> None:
-        """Reads the prompt and writes the first token.
+    @property
+    def knobs(self) -> RoutingKnobs:
+        """The knobs that the next token is read with."""
+        return self._request.knobs(self.index) or _NO_KNOBS
+
+    @property
+    def writes(self) -> bool:
+        """Whether the arm goes on writing tokens."""
+        return self.ending is None and not self.finished
+
+    def read_prompt(self, token_ids: Sequence[int]) -> None:
+        """Records the next tokens of the prompt."""
+        if not self.n_tokens:
+            self._started = time.perf_counter()
+        self._recorder.append_prompt(token_ids, decode_pieces(self._text, token_ids))
+        self.n_tokens += len(token_ids)
+
+    def record_routing(self, row: int, router_logits: Tensor, knobs: RoutingKnobs) -> None:
+        """Records the routing of tokens from ``row`` on.
 
         Args:
-            check: Called before each part; raises to stop.
+            row: The first token.
+            router_logits: ``[n, L or 1, K]``, any device.
+            knobs: In force for these tokens.
         """
-        self._started = time.perf_counter()
-        prompt = self._request.prompt.token_ids
-        while True:
-            check()
-            start = self._n_tokens
-            chunk = prompt[start : start + PREFILL_CHUNK]
-            self._recorder.append_prompt(chunk, decode_pieces(self._text, chunk))
-            self._n_tokens += len(chunk)
-            knobs = self._knobs()
-            reading = self._read(start, chunk, knobs)
-            if self._n_tokens == len(prompt):
-                break
-        self._write_token(reading, knobs)
+        self._recorder.set_router_logits(row, router_logits.to("cpu"))
+        self._recorder.set_knobs(row, router_logits.shape[0], knobs)
 
-    def step(self) -> None:
-        """Reads the last token and writes the next one."""
-        knobs = self._knobs()
-        self._write_token(self._read(self._n_tokens - 1, self._unread, knobs), knobs)
+    def write_token(self, logits: Tensor, base_logits: Tensor | None, knobs: RoutingKnobs) -> None:
+        """Chooses the next token and tells about it.
 
-    def finish(self, reason: FinishReason) -> None:
-        """Ends the arm. One last scaling pass gives the last token its row, too."""
-        if self.finished:
-            return
-        for token_id in self._unread:
-            knobs = self._knobs()
-            router_logits = self._decoder.read_router(token_id, knobs)
-            self._record_routing(self._n_tokens - 1, router_logits, knobs)
-        self.abandon(reason)
-        self._request.emit(ArmFinished(arm=self._index, reason=reason))
+        Args:
+            logits: ``[V]``, the arm's logits after its last token.
+            base_logits: ``[V]``, the base model's; None where they are not known.
+            knobs: What the last token was read with.
 
-    def abandon(self, reason: FinishReason) -> None:
-        """Ends the arm without touching the model, and frees its caches."""
-        if not self.finished:
-            self.finished = True
-            self._decoder.release()
-            self._recorder.finish(reason)
-
-    def _knobs(self) -> RoutingKnobs:
-        return self._request.knobs(self._index) or _NO_KNOBS
-
-    def _read(self, row: int, token_ids: list[int], knobs: RoutingKnobs) -> Reading:
-        reading = self._decoder.read(token_ids, knobs)
-        self._record_routing(row, reading.router_logits, knobs)
-        return reading
-
-    def _record_routing(self, row: int, rows: Tensor | None, knobs: RoutingKnobs) -> None:
-        if rows is not None:
-            self._recorder.set_router_logits(row, rows)
-            self._recorder.set_knobs(row, rows.shape[0], knobs)
-
-    def _write_token(self, reading: Reading, knobs: RoutingKnobs) -> None:
+        Raises:
+            EngineError: If the logits hold NaN or infinity.
+        """
         try:
-            choice = self._sampler.choose(reading.logits)
+            choice = self.sampler.choose(logits)
         except EngineError as error:
-            arm = self._request.arms[self._index]
             raise EngineError(
-                f"arm {self._index} ({arm.label}), after {self._n_tokens} tokens: {error.message}",
+                f"arm {self.index} ({self.arm.label}), after {self.n_tokens} tokens: "
+                f"{error.message}",
                 hint=error.hint,
             ) from error
         base_logprob = math.nan
-        if reading.base_logits is not None:
-            base_logprob = float(log_softmax(on_cpu(reading.base_logits))[choice.token_id])
-        self._unread = [choice.token_id]
-        self._n_tokens += 1
+        if base_logits is not None:
+            base_logprob = logprob_of(base_logits, choice.token_id)
+        self.unread = choice.token_id
+        self.n_tokens += 1
         stopped = choice.token_id in self._stop_ids
-        last = stopped or self._n_tokens >= self._limit
+        last = stopped or self.n_tokens >= self.limit
         piece = self._text.push(choice.token_id, last=last)
         self._recorder.append(
             choice.token_id,
@@ -152,14 +138,36 @@ class ArmTrack:
         )
         self._request.emit(
             TokenEvent(
-                arm=self._index,
-                index=self._n_tokens - 1,
+                arm=self.index,
+                index=self.n_tokens - 1,
                 token_id=choice.token_id,
                 piece=piece,
                 logprob=choice.logprob,
                 base_logprob=base_logprob,
-                knobs=knobs if self._request.arms[self._index].kind == "routed" else None,
+                knobs=knobs if self.is_routed else None,
             )
         )
         if last:
-            self.finish("stop" if stopped else "length")
+            self.end("stop" if stopped else "length")
+
+    def count_guess(self, *, hit: bool) -> None:
+        """Records that a guess of the next token was read, and whether it was right."""
+        self._recorder.count_guess(hit)
+
+    def end(self, reason: FinishReason) -> None:
+        """Writes no more. The record stays open until ``close``: the last token has no row yet."""
+        if self.writes:
+            self.ending = reason
+
+    def close(self) -> None:
+        """Closes the record of an arm that has ended."""
+        if self.ending is not None and not self.finished:
+            self.finished = True
+            self._recorder.finish(self.ending)
+            self._request.emit(ArmFinished(arm=self.index, reason=self.ending))
+
+    def abandon(self, reason: FinishReason) -> None:
+        """Closes the record as it stands, without a word."""
+        if not self.finished:
+            self.finished = True
+            self._recorder.finish(reason)

@@ -1,0 +1,188 @@
+"""All arms of all requests in one run over the weights, scaling passes ahead of main passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from xlora_core.engine.active import ActiveRequest
+from xlora_core.engine.arms import constant_scalings
+from xlora_core.engine.overlap import Overlap
+from xlora_core.engine.row_arms import RowArm
+from xlora_core.engine.row_plan import RowPlan, run_plans
+from xlora_core.engine.row_prefill import RowPrefill
+from xlora_core.engine.row_step import RowStep
+from xlora_core.engine.runner import Runner
+from xlora_core.rows import RowReader
+
+if TYPE_CHECKING:
+    from xlora_core.model import XLoraModel
+
+# Positions that the cache grows by: growing copies what is there.
+_TOKEN_BLOCK = 256
+
+
+class RowRunner(Runner):
+    """Runs every pass of every arm as a row of one cache.
+
+    A routed arm has two rows. While its main row reads a token, its scaling row reads a guess of
+    the next one (see ``Overlap``). If the arm then writes that token, its scalings are there
+    already; if not, the scaling row reads the right one in the next step, at the same place.
+    Every token is chosen from the main pass alone, so guessing changes no result.
+
+    Args:
+        model: The model.
+        reader: Runs its base over rows.
+        overlap: Whether to guess.
+    """
+
+    def __init__(self, model: XLoraModel, reader: RowReader, overlap: Overlap) -> None:
+        self._model = model
+        self._reader = reader
+        self._step = RowStep(model, reader)
+        self._overlap = overlap
+        self._arms: dict[ActiveRequest, list[RowArm]] = {}
+        self._free: list[int] = []
+
+    # ---------------------------------------------------------------- rows
+
+    def admit(self, active: ActiveRequest) -> None:
+        """Takes the rows of a request's arms and makes room for their tokens."""
+        n_needed = sum(2 if track.is_routed else 1 for track in active.tracks)
+        # Siblings lie beyond the last token until one of them is kept.
+        n_tokens = active.limit + self._overlap.n_siblings
+        cache = self._reader.cache
+        n_rows = cache.n_rows + max(n_needed - len(self._free), 0)
+        new = range(cache.n_rows, n_rows)
+        cache.grow(n_rows, -(-n_tokens // _TOKEN_BLOCK) * _TOKEN_BLOCK)
+        self._free = sorted([*self._free, *new], reverse=True)
+        self._arms[active] = [
+            RowArm(
+                track,
+                self._model,
+                row=self._free.pop(),
+                scaling_row=self._free.pop() if track.is_routed else None,
+                constant=self._constant(active, track.index),
+                with_base_logprob=active.request.with_base_logprob,
+                guesses=self._overlap.mode != "off",
+            )
+            for track in active.tracks
+        ]
+
+    def _constant(self, active: ActiveRequest, index: int) -> Tensor | None:
+        values = constant_scalings(active.tracks[index].arm, self._model.adapter_names)
+        if values is None:
+            return None
+        dtype = torch.promote_types(self._model.dtype, torch.float32)
+        return torch.tensor(values, dtype=dtype, device=self._model.device).view(1, 1, -1)
+
+    def release(self, active: ActiveRequest) -> None:
+        """Gives a request's rows back; with the last one the memory goes, too."""
+        for arm in self._arms.pop(active, []):
+            self._free += arm.rows
+        if not self._arms:
+            self._free = []
+            self._reader.cache.clear()
+
+    # ---------------------------------------------------------------- prompts
+
+    def prefill(self, active: ActiveRequest, n: int) -> None:
+        """Reads the next part of a prompt; after the last, every arm writes its first token."""
+        arms = self._arms[active]
+        prefill = RowPrefill(
+            self._step,
+            self._reader.cache,
+            arms,
+            shares_scaling_pass=self._model.config_xlora.scaling_pass_value == 0,
+        )
+        start = active.n_read
+        chunk = list(active.prompt[start : start + max(1, n // prefill.n_passes)])
+        for arm in arms:
+            arm.track.read_prompt(chunk)
+        if start + len(chunk) < len(active.prompt):
+            prefill.read(start, chunk)
+        else:
+            n_routed = sum(arm.is_routed for arm in arms)
+            for plan in prefill.read_last(start, chunk, self._overlap.guesses(n_routed)):
+                self._write(plan)
+        active.n_read += len(chunk)
+
+    # ---------------------------------------------------------------- decode
+
+    def decode(self, actives: Sequence[ActiveRequest]) -> list[tuple[ActiveRequest, Exception]]:
+        """Reads the last token of every arm at once, and writes the next ones."""
+        try:
+            return self._decode(actives)
+        except Exception as error:  # of the run over all of them
+            if len(actives) == 1:
+                return [(actives[0], error)]
+        # Nothing was written, and reading a token again changes nothing: each goes on alone, and
+        # the one that cannot is the one that fails.
+        return [failure for active in actives for failure in self.decode([active])]
+
+    def _decode(self, actives: Sequence[ActiveRequest]) -> list[tuple[ActiveRequest, Exception]]:
+        started = time.perf_counter()
+        n_guesses = self._overlap.guesses(
+            sum(arm.is_routed and arm.track.writes for a in actives for arm in self._arms[a])
+        )
+        plans = {active: self._plans(self._arms[active], n_guesses) for active in actives}
+        n_read = run_plans(self._step, [plan for some in plans.values() for plan in some])
+        failed: list[tuple[ActiveRequest, Exception]] = []
+        for active, some in plans.items():
+            try:
+                for plan in some:
+                    self._take_in(plan)
+            except Exception as error:  # concerns this request; the others go on
+                failed.append((active, error))
+        if n_read:
+            self._overlap.took(n_read, time.perf_counter() - started)
+        return failed
+
+    def _plans(self, arms: Sequence[RowArm], n_guesses: int) -> list[RowPlan]:
+        """Returns what the arms of a request read next."""
+        plans = []
+        for arm in arms:
+            track = arm.track
+            if track.finished:
+                continue
+            if track.unread is None:  # ended before the prompt did
+                arm.close()
+            elif arm.needs_scaling_pass:
+                read = arm.scaling_read(track.n_tokens - 1, [track.unread])
+                plans.append(RowPlan(arm=arm, scaling=read))
+            elif track.ending is not None:
+                arm.close()
+            else:
+                plans.append(
+                    RowPlan(
+                        arm=arm,
+                        main=arm.token_read(track.n_tokens - 1, track.unread),
+                        guess=arm.guess_read(n_guesses),
+                    )
+                )
+        return plans
+
+    def _take_in(self, plan: RowPlan) -> None:
+        """Goes on with what an arm's reads brought."""
+        arm = plan.arm
+        if plan.scaling_result is not None:
+            arm.looked_ahead(plan.scaling_result)
+        else:
+            arm.record_token_routing()
+            self._write(plan)
+        if arm.track.ending is not None and not arm.needs_scaling_pass:
+            arm.close()
+
+    def _write(self, plan: RowPlan) -> None:
+        """Writes an arm's next token, and finds out whether it was guessed."""
+        arm, result = plan.arm, plan.main_result
+        assert result is not None
+        assert result.logits is not None
+        arm.write(result.logits[-1])
+        hit = arm.settle_guess(plan.guess, plan.guess_result, self._reader.cache)
+        if hit is not None:
+            self._overlap.guessed(hit=hit)
