@@ -6,7 +6,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from xlora_core.config import AdapterOverride, Arm, RoutingKnobs, SamplingParams, XLoraConfig
+    from xlora_core.config import (
+        AdapterOverride,
+        Arm,
+        EngineLimits,
+        RoutingKnobs,
+        SamplingParams,
+        XLoraConfig,
+    )
     from xlora_core.demo import load_model
     from xlora_core.engine import Engine
     from xlora_core.errors import XLoraError
@@ -18,6 +25,7 @@ __all__ = [
     "AdapterOverride",
     "Arm",
     "Engine",
+    "EngineLimits",
     "LoraLayerAdapter",
     "RoutingKnobs",
     "Run",
@@ -34,6 +42,7 @@ _HOMES = {
     "AdapterOverride": "config",
     "Arm": "config",
     "Engine": "engine",
+    "EngineLimits": "config",
     "LoraLayerAdapter": "layer_adapters",
     "RoutingKnobs": "config",
     "Run": "recording",

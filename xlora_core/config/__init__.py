@@ -5,6 +5,7 @@ and validates it again.
 """
 
 from xlora_core.config.knobs import RoutingKnobs
+from xlora_core.config.limits import EngineLimits
 from xlora_core.config.model import ROUTERS, XLoraConfig
 from xlora_core.config.overrides import AdapterOverride
 from xlora_core.config.requests import Arm, SamplingParams
@@ -14,6 +15,7 @@ __all__ = [
     "ROUTERS",
     "AdapterOverride",
     "Arm",
+    "EngineLimits",
     "ExpertTrainConfig",
     "RouterTrainConfig",
     "RoutingKnobs",
