@@ -109,20 +109,34 @@ class Grid:
             into[line.first : line.first + line.segment.n] = hidden[i, : line.segment.n]
 
 
-def side_by_side(batch: RowBatch) -> list[Grid]:
-    """Lays a batch out in as few grids as padding allows."""
-    lines = _lines(batch)
-    lines.sort(key=lambda line: (-line.segment.n, line.segment.row))
+def side_by_side(batch: RowBatch, boundaries: Sequence[int] = ()) -> list[Grid]:
+    """Lays a batch out in as few grids as padding allows.
+
+    Args:
+        batch: The batch.
+        boundaries: Lengths of text that no grid may have lines on both sides of.
+    """
+    sides: dict[int, list[Line]] = {}
+    for line in _lines(batch):
+        segment = line.segment
+        length = segment.start + 1 if segment.siblings else segment.stop
+        side = sum(length > boundary for boundary in boundaries)
+        sides.setdefault(side, []).append(line)
+    return [_grid(group, batch) for lines in sides.values() for group in _padded_groups(lines)]
+
+
+def _padded_groups(lines: list[Line]) -> list[list[Line]]:
+    """Parts lines so that those of a group are of about the same length."""
     groups: list[list[Line]] = []
     padding = 0
-    for line in lines:
+    for line in sorted(lines, key=lambda line: -line.segment.n):
         if groups:
             padding += groups[-1][0].segment.n - line.segment.n
         if not groups or padding > PADDING_WORTH_A_CALL:
             groups.append([])
             padding = 0
         groups[-1].append(line)
-    return [_grid(group, batch) for group in groups]
+    return groups
 
 
 def one_by_one(batch: RowBatch) -> list[Grid]:

@@ -52,6 +52,7 @@ class ExplicitMasks(RowMasks):
             raise ModelError("the model takes no positions")
         config = backbone.config.get_text_config()
         self._rules = rules(config)
+        self._boundaries = _rotary_boundaries(getattr(config, "rope_parameters", None))
         implementation = config._attn_implementation  # noqa: SLF001  # as the model asks
         if implementation not in ("eager", "sdpa"):
             raise ModelError(
@@ -60,8 +61,8 @@ class ExplicitMasks(RowMasks):
         self._additive: torch.dtype | None = backbone.dtype if implementation == "eager" else None
 
     def grids(self, batch: RowBatch) -> list[Grid]:
-        """All lines side by side."""
-        return side_by_side(batch)
+        """All lines side by side, but for those whose length chooses other rotary frequencies."""
+        return side_by_side(batch, self._boundaries)
 
     def n_seen(self, grid: Grid) -> int:
         """The first line's position; matters for one line only, else the mask says it."""
@@ -95,7 +96,22 @@ class PaddingMasks(RowMasks):
     """``[S, T]`` masks, for models that compute more from a mask than what is seen (ALiBi).
 
     They can say where a line ends, not what a token inside it sees: chunks run alone.
+
+    Args:
+        backbone: The model without its head.
+
+    Raises:
+        ModelError: If what its tokens see depends on more than where a line ends.
     """
+
+    def __init__(self, backbone: Any) -> None:
+        config = backbone.config.get_text_config()
+        found = rules(config)
+        looks = found.values() if isinstance(found, dict) else [found]
+        if any(rule is not None for rule in looks):
+            raise ModelError("its layers see a window, which ends elsewhere in each line")
+        if _rotary_boundaries(getattr(config, "rope_parameters", None)):
+            raise ModelError("its rotary frequencies depend on how long a text is")
 
     def grids(self, batch: RowBatch) -> list[Grid]:
         """Single tokens side by side, chunks alone."""
@@ -138,6 +154,29 @@ def rules(config: Any) -> Rule | dict[str, Rule | None] | None:
     if getattr(config, "attention_chunk_size", None) is not None:
         return _chunks(config.attention_chunk_size)
     return None
+
+
+def _rotary_boundaries(parameters: object) -> list[int]:
+    """Returns the lengths of text beyond which rotary frequencies are others.
+
+    The longest text of a call chooses the frequencies for all of it.
+
+    Args:
+        parameters: The config's ``rope_parameters``, which may be one set per layer type.
+
+    Raises:
+        ModelError: If they are others at every length.
+
+    Source: transformers 5.23, ``dynamic_rope_update``.
+    """
+    if not isinstance(parameters, dict):
+        return []
+    kind = str(parameters.get("rope_type"))
+    if "dynamic" in kind:
+        raise ModelError(f"its rotary frequencies ({kind}) depend on how long a text is")
+    if kind == "longrope":
+        return [int(parameters["original_max_position_embeddings"])]
+    return [length for value in parameters.values() for length in _rotary_boundaries(value)]
 
 
 def _window(size: int) -> Rule:

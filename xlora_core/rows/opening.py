@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from transformers.modeling_utils import PreTrainedModel
@@ -53,19 +53,6 @@ def _check_kind(model: XLoraModel) -> None:
         raise ModelError("its head has adapters, so logits depend on the scalings of each token")
     if model.training:
         raise ModelError("it is in training mode, where dropout makes every run another one")
-    for kind in _rope_types(base_model.config.get_text_config().to_dict().get("rope_parameters")):
-        if "dynamic" in kind or kind == "longrope":
-            # One frequency serves a whole call: the longest text in it would decide for all.
-            raise ModelError(f"its rotary positions ({kind}) depend on how long a text is")
-
-
-def _rope_types(parameters: object) -> Iterator[str]:
-    """Yields the rotary embeddings' types; some models have one per layer type."""
-    if isinstance(parameters, dict):
-        for name, value in parameters.items():
-            if name == "rope_type":
-                yield str(value)
-            yield from _rope_types(value)
 
 
 def _first_right(model: XLoraModel) -> RowReader:
@@ -97,7 +84,7 @@ def _readers(model: XLoraModel, empty: RowCache) -> list[tuple[str, Callable[[],
         ),
         (
             "the model's modules with padding masks",
-            lambda: ModuleRows(model, empty, PaddingMasks()),
+            lambda: ModuleRows(model, empty, PaddingMasks(backbone)),
         ),
     ]
 
