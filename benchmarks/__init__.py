@@ -1,5 +1,5 @@
-"""Benchmarks: ``python -m benchmarks`` runs all, ``python -m benchmarks decode --help`` one.
+"""Benchmarks: ``python -m benchmarks`` runs all, ``python -m benchmarks peft --help`` one.
 
-Every benchmark prints a table and one JSON line that says what was measured, on which machine,
-with which command. Both sides of a ratio are measured in the same process, in turns.
+Those of ``xlora bench`` need only the package; here are the comparisons with other software, the
+costs of recording and memory, and the table of targets that all of them are held against.
 """

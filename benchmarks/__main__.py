@@ -1,25 +1,72 @@
-"""Runs the benchmarks named on the command line, or all."""
+"""Runs the benchmark named on the command line, or all and the table of targets."""
 
 from __future__ import annotations
 
+import json
+import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from benchmarks import decode, memory
+from benchmarks import llama_cpp, memory, mistral_rs, peft_xlora, recording, targets
+from xlora_core.cli import main as xlora
 
-_ALL = {"memory": memory.main, "decode": decode.main}
+_OWN = {
+    "peft_xlora": peft_xlora.main,
+    "mistral_rs": mistral_rs.main,
+    "llama_cpp": llama_cpp.main,
+    "recording": recording.main,
+    "memory": memory.main,
+}
+# Each in a process of its own, in this order, with these options.
+_ALL: tuple[tuple[str, ...], ...] = (
+    ("decode", "--contexts", "100", "512", "1024", "2000"),
+    ("arms",),
+    ("requests",),
+    ("adapters", "--counts", "2", "16"),
+    ("recording",),
+    ("reroute",),
+    ("start",),
+    ("memory",),
+    ("bandwidth",),
+    ("peft_xlora",),
+    ("mistral_rs",),
+    ("llama_cpp",),
+)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Runs ``[NAME] [OPTIONS]``; without a name every benchmark runs with its defaults."""
-    if argv and argv[0] in _ALL:
-        _ALL[argv[0]](argv[1:])
+    if not argv:
+        return _run_all()
+    name, *rest = argv
+    if name in _OWN:
+        _OWN[name](rest)
         return 0
-    if argv:
-        print(f"usage: python -m benchmarks [{'|'.join(_ALL)}] [--help]", file=sys.stderr)
-        return 0 if argv[0] in ("-h", "--help") else 2
-    for benchmark in _ALL.values():
-        benchmark([])
+    if name in {line[0] for line in _ALL}:
+        return xlora(["bench", name, *rest])
+    names = "|".join(line[0] for line in _ALL)
+    print(f"usage: python -m benchmarks [{names}] [--help]", file=sys.stderr)
+    return 0 if name in ("-h", "--help") else 2
+
+
+def _run_all() -> int:
+    documents: dict[str, Any] = {}
+    with TemporaryDirectory() as folder:
+        for name, *given in _ALL:
+            print(f"\n## {name}\n", flush=True)
+            output = Path(folder) / f"{name}.json"
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks", name, *given, "--output", str(output)],
+                check=False,  # a benchmark that cannot run says why; the others go on
+            )
+            if output.exists():
+                documents[name] = json.loads(output.read_text(encoding="utf-8"))
+    print(f"\n## targets\n\n{targets.target_report(documents).table()}")
     return 0
 
 
-sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -11,20 +11,26 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from benchmarks.report import new_parser, publish
+from benchmarks.options import new_parser, show
+from xlora_core.bench import Report
 
 PROMPT = "Why is the sky blue? Explain it to a child."
+METHOD = (
+    "Resident memory (MiB) of a process, case by case: the engine alone, and the app's pages over "
+    "it without the web server."
+)
 _ROOT = Path(__file__).resolve().parents[1]
 _LIMIT_GB = 2.5
 _MEBIBYTE = 2**20
 
 
-def main(argv: list[str]) -> None:
+def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     parser = new_parser("memory", __doc__ or "")
     parser.add_argument("--max-new-tokens", type=int, default=64)
@@ -34,12 +40,17 @@ def main(argv: list[str]) -> None:
         print(json.dumps(_engine_case(args) if args.case == "engine" else _app_case(args)))
         return
     rows = [{"case": case} | _in_own_process(case, argv) for case in ("engine", "app")]
-    publish("memory", rows, args, limit_gb=_LIMIT_GB, dtype=args.dtype or "default")
+    facts = {
+        "limit (GB)": _LIMIT_GB,
+        "dtype": args.dtype or "default",
+        "tokens": args.max_new_tokens,
+    }
+    show(Report(name="memory", method=METHOD, rows=rows, facts=facts), args, argv)
 
 
-def _in_own_process(case: str, argv: list[str]) -> dict[str, Any]:
+def _in_own_process(case: str, argv: Sequence[str]) -> dict[str, Any]:
     finished = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "memory", "--case", case, *argv],
+        [sys.executable, "-m", "benchmarks", "memory", *argv, "--case", case],
         cwd=_ROOT,
         env={**os.environ, "PYTHONPATH": str(_ROOT)},
         stdout=subprocess.PIPE,

@@ -7,7 +7,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from xlora_core.cli import conversion, editing, export, generation, inspection, merging, training
+from xlora_core.cli import (
+    benchmark,
+    conversion,
+    editing,
+    export,
+    generation,
+    inspection,
+    merging,
+    training,
+)
 from xlora_core.errors import XLoraError
 
 _DESCRIPTION = """\
@@ -28,6 +37,7 @@ examples:
   xlora convert path/to/peft my-xlora --to ours --base path/to/base
   xlora edit my-xlora --out smaller --remove verse --base path/to/base
   xlora train --adapters math=experts/math law=experts/law --data rows/ --out my-xlora
+  xlora bench decode
 
 Each command teaches more: xlora generate --help
 """
@@ -70,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for command in (inspection, generation, export, merging, conversion, editing, training):
+    for command in (
+        inspection,
+        generation,
+        export,
+        merging,
+        conversion,
+        editing,
+        training,
+        benchmark,
+    ):
         command.add_command(commands)
     return parser
