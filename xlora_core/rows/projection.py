@@ -1,0 +1,140 @@
+"""Linear layers that read the same input, and their experts' ``A``, as one product."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from xlora_core.layers import XLoraLinear
+from xlora_core.rows.skinny import linear_rows
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One adapted layer's share of a fused projection."""
+
+    outputs: slice
+    ranks: slice
+    expand: Tensor  # [ranks, outputs], lora_B transposed
+
+
+class FusedProjection:
+    """Layers over the same input as one matrix ``[W; A]``: shrinking costs no product of its own.
+
+    The layers' ``weight`` and ``lora_A`` become views of the fused matrix, so that it takes no
+    memory beside them and they stay what they were.
+
+    Args:
+        layers: The layers, in the order of their outputs; plain or adapted ones over a plain
+            ``nn.Linear``, all of one dtype on one device.
+
+    Attributes:
+        weight: ``[out + R, in]``, R = sum of all experts' ranks of all layers.
+        bias: ``[out + R]``, or None if no layer has one.
+        adapted: Those of the layers that carry experts, in the order of their ranks.
+        out_features: Outputs of all layers together.
+    """
+
+    def __init__(self, layers: Sequence[nn.Linear | XLoraLinear]) -> None:
+        plain = [plain_layer(layer) for layer in layers]
+        self.adapted = [layer for layer in layers if isinstance(layer, XLoraLinear)]
+        self.out_features = sum(layer.out_features for layer in plain)
+        stacked: list[Tensor] = [*(p.weight for p in plain), *(a.lora_A for a in self.adapted)]
+        self.weight = _fuse(stacked)
+        self.bias = _fused_bias(plain, self.weight.shape[0])
+        self._base_weight = self.weight[: self.out_features]
+        self._base_bias = None if self.bias is None else self.bias[: self.out_features]
+        self._parts: list[_Part] = []
+        output = rank = 0
+        for layer, base in zip(layers, plain, strict=True):
+            if isinstance(layer, XLoraLinear):
+                n_ranks = layer.lora_A.shape[0]
+                self._parts.append(
+                    _Part(
+                        slice(output, output + base.out_features),
+                        slice(rank, rank + n_ranks),
+                        layer.lora_B.detach().t(),
+                    )
+                )
+                rank += n_ranks
+            output += base.out_features
+        self.n_ranks = rank
+
+    def __call__(self, x: Tensor, weights: Tensor | None) -> Tensor:
+        """Returns the layers' outputs side by side.
+
+        Args:
+            x: ``[N, in]``.
+            weights: ``[M, R]``, effective scaling times lora_scaling of each rank, for the first
+                M rows; the others, and all of them for None, go through the base layers alone.
+
+        Returns:
+            ``[N, out]``.
+        """
+        if weights is None or not self._parts:
+            return linear_rows(x, self._base_weight, self._base_bias)
+        y = linear_rows(x, self.weight, self.bias)
+        adapted = y[: weights.shape[0]]
+        shrunk = adapted[:, self.out_features :] * weights
+        for part in self._parts:
+            adapted[:, part.outputs].addmm_(shrunk[:, part.ranks], part.expand)
+        return y[:, : self.out_features]
+
+
+class RankWeights:
+    """What each rank of each fused projection is multiplied by, for all of them at once.
+
+    Args:
+        projections: The projections, in the order their weights are asked for.
+        dtype: dtype of the experts.
+    """
+
+    def __init__(self, projections: Sequence[FusedProjection], dtype: torch.dtype) -> None:
+        layers = [layer for projection in projections for layer in projection.adapted]
+        self._dtype = dtype
+        self._sizes = [projection.n_ranks for projection in projections]
+        self._adapter = torch.cat([layer.adapter_of_rank for layer in layers])
+        self._lora_scaling = torch.cat([layer.lora_scaling for layer in layers])
+        self._place = torch.cat(
+            [layer.adapter_of_rank + layer.layer_index * layer.n_adapters for layer in layers]
+        )
+
+    def of(self, scalings: Tensor) -> Sequence[Tensor]:
+        """Returns ``[M, R]`` for each projection, from effective scalings ``[M, L or 1, K]``."""
+        place = self._adapter if scalings.shape[1] == 1 else self._place
+        of_rank = scalings.flatten(1).index_select(1, place)
+        weights = (of_rank * self._lora_scaling).to(self._dtype)
+        return torch.split(weights, self._sizes, dim=1)
+
+
+def plain_layer(layer: nn.Linear | XLoraLinear) -> nn.Linear:
+    """Returns the linear layer itself, or the one under its experts."""
+    plain = layer.base_layer if isinstance(layer, XLoraLinear) else layer
+    assert isinstance(plain, nn.Linear)
+    return plain
+
+
+def _fuse(parameters: Sequence[Tensor]) -> Tensor:
+    """Returns the parameters ``[rows, in]`` stacked, and makes views of them."""
+    fused = torch.cat([p.detach() for p in parameters])
+    for parameter, view in zip(
+        parameters, fused.split([p.shape[0] for p in parameters]), strict=True
+    ):
+        parameter.data = view
+    return fused
+
+
+def _fused_bias(plain: Sequence[nn.Linear], n_rows: int) -> Tensor | None:
+    """Returns the layers' biases side by side; 0 where one has none, and for ``A``."""
+    if all(layer.bias is None for layer in plain):
+        return None
+    fused = plain[0].weight.new_zeros(n_rows)
+    start = 0
+    for layer in plain:
+        if layer.bias is not None:
+            fused[start : start + layer.out_features] = layer.bias.detach()
+        start += layer.out_features
+    return fused
