@@ -174,8 +174,8 @@ def refused_decoders() -> dict[str, tuple[Decoder, str]]:
         ),
         "dynamic_rope": (
             Decoder(
-                hf.StableLmConfig(
-                    **_WIDE,
+                hf.GemmaConfig(
+                    **_LLAMA_LIKE,
                     rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
                 ),
                 _Q_AND_V,

@@ -12,6 +12,7 @@ from xlora_core.errors import ModelError
 from xlora_core.layers import XLoraLayer
 from xlora_core.model import XLoraModel
 from xlora_core.rows.cache import RowCache
+from xlora_core.rows.llama import LlamaRows
 from xlora_core.rows.masks import ExplicitMasks, PaddingMasks
 from xlora_core.rows.modules import ModuleRows, cached_shapes
 from xlora_core.rows.probe import Probe
@@ -77,7 +78,7 @@ def _first_right(model: XLoraModel) -> RowReader:
 def _readers(model: XLoraModel, empty: RowCache) -> list[tuple[str, Callable[[], RowReader]]]:
     """Returns name and maker of each reader, the fastest first."""
     backbone = model.base_model.base_model
-    return [
+    of_modules: list[tuple[str, Callable[[], RowReader]]] = [
         (
             "the model's modules with explicit masks",
             lambda: ModuleRows(model, empty, ExplicitMasks(backbone)),
@@ -87,6 +88,9 @@ def _readers(model: XLoraModel, empty: RowCache) -> list[tuple[str, Callable[[],
             lambda: ModuleRows(model, empty, PaddingMasks(backbone)),
         ),
     ]
+    if LlamaRows.fits(model):
+        return [("a step of our own for Llama's blocks", lambda: LlamaRows(model)), *of_modules]
+    return of_modules
 
 
 def _said(error: Exception) -> str:
