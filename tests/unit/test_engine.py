@@ -319,7 +319,7 @@ def test_events_tell_the_run_in_order(paced_engine: Engine) -> None:
     arms = [Arm.routed(RoutingKnobs(top_k=2)), Arm.merged()]
     events = list(paced_engine.stream(PROMPT, arms, SamplingParams(max_new_tokens=3)))
     assert events[:2] == [
-        Queued(position=1),
+        Queued(position=1, expected_seconds=0.0),
         Started(arms=tuple(arms), n_prompt_tokens=len(PROMPT_IDS)),
     ]
     tokens = [event for event in events if isinstance(event, TokenEvent)]

@@ -113,6 +113,19 @@ def test_nobody_is_counted_as_overtaken_when_nobody_went() -> None:
     assert queue.take(lambda item: item != "big") == "s1"
 
 
+def test_a_request_may_be_removed_while_it_is_looked_at() -> None:
+    """As by the collector: the one that is asked about, the one before, the one behind."""
+    for removed, expected in (("a1", "b1"), ("b1", "a1"), ("a2", "a1")):
+        queue = filled("a1", "a2", "b1")
+
+        def fits(item: str, removed: str = removed, queue: FairQueue[str] = queue) -> bool:
+            queue.remove(removed)
+            return item not in ("a1", "a2") or removed != "a1"
+
+        assert queue.take(fits) == expected
+        assert sorted(queue) == sorted({"a1", "a2", "b1"} - {removed, expected})
+
+
 def test_within_a_client_nobody_overtakes() -> None:
     queue = filled("a1", "a2", "b1", "b2")
     assert queue.take(lambda item: item != "a1") == "b1"

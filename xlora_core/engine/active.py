@@ -7,7 +7,8 @@ from typing import Any
 from xlora_core.engine.faults import as_xlora_error
 from xlora_core.engine.requests import Request
 from xlora_core.engine.tracks import N_ALTERNATIVES, ArmTrack
-from xlora_core.recording import RunRecorder, TrackRecorder
+from xlora_core.engine.waiting import Work
+from xlora_core.recording import FinishReason, RunRecorder, TrackRecorder
 
 
 class ActiveRequest:
@@ -18,6 +19,7 @@ class ActiveRequest:
         tokenizer: The tokenizer.
         stop_ids: Tokens that end an answer.
         context_length: Most tokens, prompt and answer together.
+        deadline: When it is stopped in any case, on the scheduler's clock; None: never.
 
     Attributes:
         request: The request.
@@ -33,8 +35,10 @@ class ActiveRequest:
         *,
         stop_ids: frozenset[int],
         context_length: int,
+        deadline: float | None = None,
     ) -> None:
         self.request = request
+        self._deadline = deadline
         self.prompt = request.prompt.token_ids
         self.n_read = 0
         recorders = _open_record(request, context_length)
@@ -52,9 +56,9 @@ class ActiveRequest:
 
     @property
     def reads_tokens(self) -> bool:
-        """Whether the prompt is done with: read to its end, or cancelled."""
-        cancelled = any(track.ending == "cancelled" for track in self.tracks)
-        return cancelled or self.n_read == len(self.prompt)
+        """Whether the prompt is done with: read to its end, or given up."""
+        given_up = any(track.ending in ("cancelled", "time") for track in self.tracks)
+        return given_up or self.n_read == len(self.prompt)
 
     @property
     def ended(self) -> bool:
@@ -66,10 +70,36 @@ class ActiveRequest:
         """Most tokens of an arm, prompt and answer together."""
         return self.tracks[0].limit
 
-    def cancel(self) -> None:
+    @property
+    def n_written(self) -> int:
+        """Tokens of the longest answer so far."""
+        return max(max(track.n_tokens - len(self.prompt), 0) for track in self.tracks)
+
+    @property
+    def answered(self) -> bool:
+        """Whether all arms ended by themselves or at the limit of tokens."""
+        return all(track.ending in ("stop", "length") for track in self.tracks)
+
+    def work(self, now: float) -> Work:
+        """Returns what is left to do. Any thread may ask."""
+        n_tokens = [track.n_tokens for track in self.tracks if track.writes]
+        return Work(
+            n_to_read=len(self.prompt) - self.n_read,
+            n_to_write=max((self.limit - max(n, len(self.prompt)) for n in n_tokens), default=0),
+            most_seconds=None if self._deadline is None else max(self._deadline - now, 0.0),
+        )
+
+    def stop_if_due(self, now: float) -> None:
+        """Stops the arms of a request that was cancelled or is out of time."""
+        if self.request.cancelled:
+            self._stop("cancelled")
+        elif self._deadline is not None and now >= self._deadline:
+            self._stop("time")
+
+    def _stop(self, reason: FinishReason) -> None:
         """Ends all arms; a prompt that is half read is left so."""
         for track in self.tracks:
-            track.end("cancelled")
+            track.end(reason)
 
     def finish(self) -> None:
         """Tells that all arms have ended."""

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import atexit
 import threading
-import uuid
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from xlora_core.config import Arm, SamplingParams
-from xlora_core.engine import identity
+from xlora_core.config import Arm, EngineLimits, SamplingParams
+from xlora_core.config.checks import is_finite, is_int, raise_if
+from xlora_core.engine.admission import MemoryBudget
 from xlora_core.engine.faults import closed_error
 from xlora_core.engine.handle import EventStream, RequestHandle
+from xlora_core.engine.identity import ModelIdentity
 from xlora_core.engine.overlap import OVERLAP_MODES, Overlap, OverlapMode
 from xlora_core.engine.prompts import Prompt, encode_prompt
+from xlora_core.engine.queue import FairQueue
 from xlora_core.engine.requests import Request
 from xlora_core.engine.row_runner import RowRunner
 from xlora_core.engine.runner import Runner
 from xlora_core.engine.scheduler import Scheduler
+from xlora_core.engine.serving import check_serves, checked_arms, stop_token_ids
 from xlora_core.engine.turns import TurnRunner
-from xlora_core.errors import ConfigError, EngineError, ModelError, QueueFullError
-from xlora_core.recording import RunHeader
+from xlora_core.engine.watchdog import Watchdog
+from xlora_core.errors import EngineError
 from xlora_core.rows import opening
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ _DEFAULT_ARMS = (Arm.routed(),)
 
 
 class Engine:
-    """Answers prompts with an X-LoRA model, many requests at a time, first come first served.
+    """Answers prompts with an X-LoRA model, many requests at a time, clients in turn.
 
     A daemon thread owns the model; every method here may be called by any thread. All arms of all
     running requests share one run over the weights per token, where the base model allows it
@@ -47,8 +48,14 @@ class Engine:
         model: The model; put in evaluation mode. Nobody else should change it meanwhile; its
             adapters cannot be edited until the engine is closed.
         tokenizer: The Hugging Face tokenizer of its base model.
-        max_queue: Most requests that wait, beside those that run; >= 1.
+        max_queue: Most requests that wait, beside those that run; >= 1. A named client has at
+            most half of the places.
         max_active: Most requests that run at the same time; >= 1.
+        limits: What a single request may ask for; nothing is limited by default.
+        memory_bytes: What caches and records of all running requests may take together; a
+            request waits until there is room for it. A share of what is free now if None.
+        step_timeout: Seconds without a sign of life after which the engine is taken for stuck and
+            everybody who waits is told so; None never does.
         overlap: Whether the scalings of the next token are fetched ahead, for a guess of what it
             will be: ``"auto"`` when that was found to pay. No result depends on it.
         n_guesses: Guesses of the next token that are read at once; >= 1. More are right more
@@ -72,45 +79,58 @@ class Engine:
         *,
         max_queue: int = 8,
         max_active: int = 8,
+        limits: EngineLimits | None = None,
+        memory_bytes: int | None = None,
+        step_timeout: float | None = 300.0,
         overlap: OverlapMode = "auto",
         n_guesses: int = 1,
         batched: bool = True,
         model_id: str = "",
     ) -> None:
-        for name, value in (
-            ("max_queue", max_queue),
-            ("max_active", max_active),
-            ("n_guesses", n_guesses),
-        ):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be a whole number >= 1, got {value!r}")
+        counts = {"max_queue": max_queue, "max_active": max_active, "n_guesses": n_guesses}
+        if memory_bytes is not None:
+            counts["memory_bytes"] = memory_bytes
+        faults = [
+            f"{name} must be a whole number >= 1, got {value!r}"
+            for name, value in counts.items()
+            if not is_int(value) or value < 1
+        ]
+        if step_timeout is not None and (not is_finite(step_timeout) or step_timeout <= 0):
+            faults.append(f"step_timeout must be None or a number > 0, got {step_timeout!r}")
         if overlap not in OVERLAP_MODES:
-            raise ConfigError(f"overlap must be one of {', '.join(OVERLAP_MODES)}, got {overlap!r}")
-        _check_serves(model)
+            faults.append(f"overlap must be one of {', '.join(OVERLAP_MODES)}, got {overlap!r}")
+        raise_if(faults)
+        check_serves(model)
         self._model = model.eval()
         self._tokenizer = tokenizer
-        self._max_queue = max_queue
         self._max_active = max_active
-        self._model_id = model_id or str(getattr(model.config, "name_or_path", ""))
+        self._limits = limits or EngineLimits()
         self._context_length = model.context_length
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._stop_ids = stop_token_ids(model, tokenizer)
-        self._base_hash = identity.base_fingerprint(model)
-        self._adapter_hashes = identity.adapter_fingerprints(model)
+        self._identity = ModelIdentity(model, model_id)
         self._overlap = Overlap(overlap, n_guesses)
         self._scheduler = Scheduler(
             self._runner(batched=batched),
             tokenizer,
             stop_ids=self._stop_ids,
             context_length=self._context_length,
+            budget=MemoryBudget.of_free_memory(model.device)
+            if memory_bytes is None
+            else MemoryBudget(memory_bytes),
+            max_seconds=self._limits.max_seconds,
         )
-        self._queue: deque[Request] = deque()
         self._changed = threading.Condition()
+        self._queue: FairQueue[Request] = FairQueue(max_queue)
+        self._no_room = False  # the next in the queue waits for memory, not for a place
         self._closed = False
+        self._failure: EngineError | None = None
+        self._ended = threading.Event()  # the thread, or the hope that it ever will
+        self._watchdog = Watchdog(step_timeout, self._give_up)
         # Tokenizers are read-only in use, but their settings are checked per call.
         self._tokenizer_lock = threading.Lock()
         model.edit_guard.hold()
-        self._thread = threading.Thread(target=self._work, name="xlora-engine", daemon=True)
+        self._thread = threading.Thread(target=self._live, name="xlora-engine", daemon=True)
         self._thread.start()
         # A process that ends while PyTorch computes in a daemon thread aborts.
         atexit.register(self.close)
@@ -124,6 +144,7 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         record_base_logprob: bool = True,
+        client: str | None = None,
     ) -> RequestHandle:
         """Queues a request. Everything that can be refused is refused here, at once.
 
@@ -136,16 +157,21 @@ class Engine:
                 ends where the context window does.
             record_base_logprob: Also record what the base model thinks of a routed arm's tokens.
                 Free of an extra pass, but the language model's head runs once more per token.
+            client: Whose request it is. Clients that wait take turns, so that many requests of
+                one do not keep others out; a request without one is a client of its own.
 
         Raises:
-            PromptError: If the prompt is empty, malformed, or too long for the context window.
-            ConfigError: If there is no arm, an expert is unknown, or knobs do not fit.
-            QueueFullError: If ``max_queue`` requests are waiting already.
-            EngineError: If the engine is closed.
+            PromptError: If the prompt is empty, malformed, or too long for the context window or
+                the engine's limits.
+            ConfigError: If there is no arm, an expert is unknown, knobs do not fit, or the request
+                is beyond the engine's limits or memory.
+            QueueFullError: If ``max_queue`` requests are waiting already, or half of them of this
+                client.
+            EngineError: If the engine is closed or has failed.
         """
         self._check_open()
-        sampling = sampling or SamplingParams()
-        arms = self._checked_arms(arms)
+        sampling = sampling or self._default_sampling()
+        arms = checked_arms(self._model, arms)
         with self._tokenizer_lock:
             encoded = encode_prompt(
                 self._tokenizer,
@@ -153,27 +179,29 @@ class Engine:
                 context_length=self._context_length,
                 vocab_size=self._vocab_size,
             )
+        self._limits.check(
+            n_prompt_tokens=len(encoded.token_ids),
+            max_new_tokens=sampling.max_new_tokens,
+            n_arms=len(arms),
+        )
         request = Request(
-            header=self._header(encoded.text, sampling),
+            header=self._identity.header(encoded.text, sampling),
             prompt=encoded,
             arms=arms,
             sampling=sampling,
             with_base_logprob=record_base_logprob,
         )
+        self._scheduler.check(request)
         with self._changed:
             self._check_open()
-            if len(self._queue) >= self._max_queue:
-                raise QueueFullError(
-                    f"the queue is full: {self._max_queue} requests are waiting already",
-                    hint="try again when one of them has finished, or start the engine with a "
-                    "larger max_queue",
-                )
-            self._queue.append(request)
-            request.announce_position(len(self._queue))
+            self._queue.push(request, client)
+            # Another client's requests may have moved back.
+            self._announce_positions()
             self._changed.notify_all()
         return RequestHandle(
             request,
             position=self._position,
+            expected_seconds=self._expected_seconds,
             cancel=self._cancel,
             check_knobs=self._model.check_knobs,
         )
@@ -185,13 +213,16 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         record_base_logprob: bool = True,
+        client: str | None = None,
     ) -> EventStream:
         """Queues a request and returns its events as they happen; arguments as ``submit``.
 
         Closing or dropping the stream cancels the request; a failure is raised from it.
         """
         return EventStream(
-            self.submit(prompt, arms, sampling, record_base_logprob=record_base_logprob)
+            self.submit(
+                prompt, arms, sampling, record_base_logprob=record_base_logprob, client=client
+            )
         )
 
     def run(
@@ -201,13 +232,16 @@ class Engine:
         sampling: SamplingParams | None = None,
         *,
         record_base_logprob: bool = True,
+        client: str | None = None,
     ) -> Run:
         """Runs a request to its end and returns the record; arguments as ``submit``.
 
         Raises:
             XLoraError: As ``submit``, or what the request failed with.
         """
-        handle = self.submit(prompt, arms, sampling, record_base_logprob=record_base_logprob)
+        handle = self.submit(
+            prompt, arms, sampling, record_base_logprob=record_base_logprob, client=client
+        )
         try:
             return handle.wait()
         except BaseException:
@@ -234,12 +268,14 @@ class Engine:
             return self._closed
 
     def close(self) -> None:
-        """Ends the thread. Waiting requests fail, the running one after its current token."""
+        """Ends the thread. Waiting requests fail, the running ones after their current token."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         if threading.current_thread() is not self._thread:
-            self._thread.join()
+            self._ended.wait()
+            if self._failure is None:  # one that is stuck is not waited for
+                self._thread.join()
         atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
@@ -251,65 +287,50 @@ class Engine:
     # ---------------------------------------------------------------- inside
 
     def _check_open(self) -> None:
-        if self.closed:
-            raise EngineError("the engine is closed", hint="make a new Engine")
+        with self._changed:
+            if self._failure is not None:
+                raise _told_anew(self._failure)
+            if self._closed:
+                raise EngineError("the engine is closed", hint="make a new Engine")
 
-    def _checked_arms(self, arms: Sequence[Arm]) -> tuple[Arm, ...]:
-        names = self._model.adapter_names
-        if not arms:
-            raise ConfigError("a request needs at least one arm", hint="for example Arm.routed()")
-        checked = []
-        for arm in arms:
-            if arm.kind == "expert" and arm.adapter not in names:
-                raise ConfigError(
-                    f"there is no expert {arm.adapter!r} in this model",
-                    hint=f"its experts are {', '.join(names)}",
-                )
-            if arm.kind == "routed":
-                knobs = self._model.check_knobs(arm.knobs or self._model.default_knobs)
-                checked.append(replace(arm, knobs=knobs))
-            else:
-                checked.append(arm)
-        return tuple(checked)
-
-    def _header(self, prompt_text: str, sampling: SamplingParams) -> RunHeader:
-        config = self._model.config_xlora
-        return RunHeader(
-            run_id=uuid.uuid4().hex,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-            adapter_names=list(self._model.adapter_names),
-            layer_names=list(self._model.lora_layer_names),
-            present=self._model.present.tolist(),
-            enable_softmax=config.enable_softmax,
-            enable_softmax_topk=config.enable_softmax_topk,
-            layerwise=config.layerwise_scalings or config.router == "per_layer",
-            scaling_pass_value=config.scaling_pass_value,
-            router=config.router,
-            model_id=self._model_id,
-            base_hash=self._base_hash,
-            adapter_hashes=self._adapter_hashes,
-            sampling=sampling,
-            prompt_text=prompt_text,
-            versions=identity.versions(),
+    def _default_sampling(self) -> SamplingParams:
+        """Returns the usual sampling, within the engine's limits."""
+        usual, most = SamplingParams(), self._limits.max_new_tokens
+        return (
+            usual
+            if most is None
+            else replace(usual, max_new_tokens=min(usual.max_new_tokens, most))
         )
 
     def _position(self, request: Request) -> int:
         with self._changed:
-            return self._queue.index(request) + 1 if request in self._queue else 0
+            return self._queue.position(request)
+
+    def _expected_seconds(self, request: Request) -> float | None:
+        with self._changed:
+            place = self._queue.position(request)
+            return self._waits(list(self._queue)[:place])[-1] if place else 0.0
+
+    def _waits(self, waiting: Sequence[Request]) -> list[float | None]:
+        """Returns when each of the first requests in the queue will start."""
+        n_free = 0 if self._no_room else max(self._max_active - self._scheduler.n_active, 0)
+        return self._scheduler.expected_seconds(waiting, n_free=n_free)
 
     def _cancel(self, request: Request) -> None:
         with self._changed:
-            if request in self._queue:
-                self._queue.remove(request)
+            if self._queue.remove(request):
                 request.finish_as_cancelled()
                 self._announce_positions()
+                self._changed.notify_all()  # whoever comes next may fit
             else:
                 request.ask_to_cancel()
 
     def _announce_positions(self) -> None:
         # A copy: the collector may drop a stream right here, which cancels its request.
-        for position, request in enumerate(list(self._queue), start=1):
-            request.announce_position(position)
+        waiting = list(self._queue)
+        told = zip(waiting, self._waits(waiting), strict=True)
+        for position, (request, seconds) in enumerate(told, start=1):
+            request.announce_position(position, seconds)
 
     def _runner(self, *, batched: bool) -> Runner:
         reader = opening.open_rows(self._model) if batched else None
@@ -317,62 +338,57 @@ class Engine:
             return TurnRunner(self._model)
         return RowRunner(self._model, reader, self._overlap)
 
-    def _work(self) -> None:
+    def _live(self) -> None:
         """The engine thread: nobody but it runs the model."""
         try:
-            with torch.inference_mode():
-                while self._admit():
-                    self._scheduler.round()
+            self._watchdog.run(self._work)
         finally:
             # Whatever ends the thread, nobody is left to wait for ever.
             with self._changed:
                 self._closed = True
                 self._scheduler.fail_all(closed_error("while this request ran"))
-                for request in self._queue:
+                for request in self._queue.clear():
                     request.fail(closed_error("before this request was served"))
-                self._queue.clear()
             self._model.edit_guard.release()
+            self._ended.set()
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while self._admit():
+                with self._watchdog.step():
+                    self._scheduler.round()
 
     def _admit(self) -> bool:
         """Waits for work and starts what there is room for; False when the engine closes."""
         with self._changed:
-            self._changed.wait_for(lambda: self._queue or self._scheduler.n_active or self._closed)
-            new: list[Request] = []
-            while (
-                self._queue
-                and not self._closed
-                and self._scheduler.n_active + len(new) < self._max_active
-            ):
-                new.append(self._queue.popleft())
-            if new:
-                self._announce_positions()
-        for request in new:
-            self._scheduler.admit(request)
+            self._changed.wait_for(
+                lambda: len(self._queue) or self._scheduler.n_active or self._closed
+            )
+        while (request := self._next_request()) is not None:
+            with self._watchdog.step():
+                self._scheduler.admit(request)
         return not self.closed
 
+    def _next_request(self) -> Request | None:
+        with self._changed:
+            if self._closed or self._scheduler.n_active >= self._max_active:
+                return None
+            request = self._queue.take(self._scheduler.fits)
+            self._no_room = request is None and len(self._queue) > 0
+            if request is not None:
+                self._announce_positions()
+            return request
 
-def _check_serves(model: XLoraModel) -> None:
-    """Raises ModelError for a base model that the engine's decode step cannot run."""
-    name = type(model.base_model).__name__
-    if model.is_encoder_decoder:
-        raise ModelError(
-            f"{name} is an encoder-decoder, the engine serves decoder-only models",
-            hint="call model.generate",
-        )
-    if not model.can_generate():
-        raise ModelError(
-            f"{name} writes no text, the engine serves models that generate",
-            hint="call the model itself",
-        )
+    def _give_up(self, failure: EngineError) -> None:
+        """Tells everybody that the engine's thread is stuck or dead; called by the watchdog."""
+        with self._changed:
+            self._failure, self._closed = failure, True
+            for request in [*self._scheduler.requests, *self._queue.clear()]:
+                request.fail(_told_anew(failure))
+            self._changed.notify_all()
+        self._ended.set()
 
 
-def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Returns the tokens that end an answer, from the first place that names any.
-
-    The order is Hugging Face's: generation config, model config; then the tokenizer.
-    """
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
-        ids = getattr(source, "eos_token_id", None)
-        if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
-    return frozenset()
+def _told_anew(failure: EngineError) -> EngineError:
+    """Returns the same failure for somebody else: an error keeps the frames it was raised in."""
+    return EngineError(failure.message, hint=failure.hint)

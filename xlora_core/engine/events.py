@@ -18,9 +18,12 @@ class Queued:
 
     Attributes:
         position: 1 is the next to run.
+        expected_seconds: Until it starts, as things were when this was told; None if nothing has
+            been measured yet. ``RequestHandle.expected_seconds`` is always of now.
     """
 
     position: int
+    expected_seconds: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,8 @@ class ArmFinished:
     Attributes:
         arm: Index of the arm in the request.
         reason: ``"stop"`` (the model ended its answer), ``"length"`` (the token limit or the
-            end of the context window) or ``"cancelled"``.
+            end of the context window), ``"time"`` (the engine's limit of seconds) or
+            ``"cancelled"``.
     """
 
     arm: int

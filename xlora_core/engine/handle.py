@@ -25,11 +25,13 @@ class RequestHandle:
         request: Request,
         *,
         position: Callable[[Request], int],
+        expected_seconds: Callable[[Request], float | None],
         cancel: Callable[[Request], None],
         check_knobs: Callable[[RoutingKnobs], RoutingKnobs],
     ) -> None:
         self._request = request
         self._position = position
+        self._expected_seconds = expected_seconds
         self._cancel = cancel
         self._check_knobs = check_knobs
 
@@ -37,6 +39,14 @@ class RequestHandle:
     def position(self) -> int:
         """Place in the queue, 1 is the next to run; 0 if the request runs or has ended."""
         return self._position(self._request)
+
+    @property
+    def expected_seconds(self) -> float | None:
+        """Seconds until it starts, from what steps took lately and what those ahead may write.
+
+        None if nothing has been measured yet; 0 if the request runs or has ended.
+        """
+        return self._expected_seconds(self._request)
 
     @property
     def state(self) -> State:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import platform
+import uuid
 from collections.abc import Iterable
+from datetime import UTC, datetime
 from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from xlora_core.config import SamplingParams
+from xlora_core.recording import RunHeader
 
 if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
@@ -17,6 +22,43 @@ if TYPE_CHECKING:
 # Values looked at per tensor of the base model: reading all of a large model would take longer
 # than answering a prompt.
 _N_SAMPLES = 64
+
+
+class ModelIdentity:
+    """What runs say of the model that made them.
+
+    Args:
+        model: The model; its weights are looked at once, here.
+        model_id: Its name for people; the base model's path if empty.
+    """
+
+    def __init__(self, model: XLoraModel, model_id: str = "") -> None:
+        self._model = model
+        self._model_id = model_id or str(getattr(model.config, "name_or_path", ""))
+        self._base_hash = base_fingerprint(model)
+        self._adapter_hashes = adapter_fingerprints(model)
+
+    def header(self, prompt_text: str, sampling: SamplingParams) -> RunHeader:
+        """Returns the header of a new run."""
+        model, config = self._model, self._model.config_xlora
+        return RunHeader(
+            run_id=uuid.uuid4().hex,
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            adapter_names=list(model.adapter_names),
+            layer_names=list(model.lora_layer_names),
+            present=model.present.tolist(),
+            enable_softmax=config.enable_softmax,
+            enable_softmax_topk=config.enable_softmax_topk,
+            layerwise=config.layerwise_scalings or config.router == "per_layer",
+            scaling_pass_value=config.scaling_pass_value,
+            router=config.router,
+            model_id=self._model_id,
+            base_hash=self._base_hash,
+            adapter_hashes=self._adapter_hashes,
+            sampling=sampling,
+            prompt_text=prompt_text,
+            versions=versions(),
+        )
 
 
 def base_fingerprint(model: XLoraModel) -> str:

@@ -26,7 +26,10 @@ class FairQueue(Generic[_Item]):
     A client whose request does not fit yet (see ``take``) may be overtaken by clients after it,
     but only ``max_overtaken`` times: then everybody waits for it. Within a client nobody overtakes.
 
-    There are no locks inside: whoever owns the queue holds one of its own around every call.
+    There are no locks inside: whoever owns the queue holds one of its own around every call. The
+    only thing that may happen within a call is a removal, by the same thread: the collector may
+    drop somebody's interest in a request anywhere. So every walk through the queue is one through
+    a copy.
 
     Args:
         max_size: Most requests that wait, >= 1.
@@ -55,11 +58,11 @@ class FairQueue(Generic[_Item]):
 
     def __iter__(self) -> Iterator[_Item]:
         """Yields the requests in the order in which they will be served."""
-        for turns in zip_longest(*self._clients.values()):
+        for turns in zip_longest(*map(tuple, list(self._clients.values()))):
             yield from (item for item in turns if item is not None)
 
     def __contains__(self, item: object) -> bool:
-        return any(item in waiting for waiting in self._clients.values())
+        return any(item in waiting for waiting in list(self._clients.values()))
 
     def push(self, item: _Item, client: str | None = None) -> None:
         """Adds a request.
@@ -96,33 +99,39 @@ class FairQueue(Generic[_Item]):
             fits: Whether there is room for a request now; None: for all.
         """
         passed: list[Hashable] = []
-        for key, waiting in self._clients.items():
-            first = waiting[0]
-            if fits is None or fits(first):
+        for key, waiting in list(self._clients.items()):
+            first = waiting[0] if waiting else None
+            if first is None:
+                continue
+            fitting = fits is None or fits(first)
+            if first not in waiting:
+                continue
+            if fitting:
                 for other in passed:
-                    self._n_overtaken[other] = self._n_overtaken.get(other, 0) + 1
-                self._end_turn(key)
+                    if other in self._clients:
+                        self._n_overtaken[other] = self._n_overtaken.get(other, 0) + 1
+                self._end_turn(key, first)
                 return first
             if self._n_overtaken.get(key, 0) >= self._max_overtaken:
                 return None
             passed.append(key)
         return None
 
-    def _end_turn(self, key: Hashable) -> None:
+    def _end_turn(self, key: Hashable, first: _Item) -> None:
         """Takes a client's first request out and puts the client at the end of the round."""
         waiting = self._clients.pop(key)
         self._n_overtaken.pop(key, None)
-        waiting.popleft()
+        waiting.remove(first)
         if waiting:
             self._clients[key] = waiting
 
     def remove(self, item: _Item) -> bool:
         """Takes a request out, wherever it stands; returns whether it was there."""
-        for key, waiting in self._clients.items():
+        for key, waiting in list(self._clients.items()):
             if item in waiting:
                 waiting.remove(item)
                 if not waiting:
-                    del self._clients[key]
+                    self._clients.pop(key, None)
                     self._n_overtaken.pop(key, None)
                 return True
         return False

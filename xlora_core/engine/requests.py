@@ -136,19 +136,22 @@ class Request:
     # ---------------------------------------------------------------- the engine's side
 
     def emit(self, event: Event) -> None:
-        """Publishes an event."""
+        """Publishes an event; one that comes after the end is dropped."""
         with self._changed:
+            if self._events and isinstance(self._events[-1], Finished | Failed):
+                return
             self._events.append(event)
             self._n_changes += 1
             self._changed.notify_all()
 
-    def announce_position(self, position: int) -> None:
-        """Publishes the position in the queue, if it is news."""
+    def announce_position(self, position: int, expected_seconds: float | None) -> None:
+        """Publishes the position in the queue, if it is news, and the wait expected there."""
         with self._changed:
-            if self._state == "queued" and (
-                not self._events or self._events[-1] != Queued(position=position)
-            ):
-                self.emit(Queued(position=position))
+            last = self._events[-1] if self._events else None
+            if isinstance(last, Queued) and last.position == position:
+                return
+            if self._state == "queued":
+                self.emit(Queued(position=position, expected_seconds=expected_seconds))
 
     def leave_queue(self) -> tuple[Arm, ...]:
         """Returns the arms to start with: knobs set while the request waited are in them."""
@@ -168,6 +171,8 @@ class Request:
     def enter_decode(self) -> None:
         """Says that all arms have read the prompt."""
         with self._changed:
+            if self._state in _ENDED:
+                return
             self._state = "decode"
             self._n_changes += 1
             self._changed.notify_all()

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from xlora_core.engine.active import ActiveRequest
+from xlora_core.engine.admission import Admission, MemoryBudget, Need
 from xlora_core.engine.arms import constant_scalings
 from xlora_core.engine.overlap import Overlap
+from xlora_core.engine.requests import Request
 from xlora_core.engine.row_arms import RowArm
 from xlora_core.engine.row_plan import RowPlan, run_plans
 from xlora_core.engine.row_prefill import RowPrefill
 from xlora_core.engine.row_step import RowStep
-from xlora_core.engine.runner import Runner
+from xlora_core.engine.runner import Runner, record_bytes
 from xlora_core.rows import RowReader
 
 if TYPE_CHECKING:
@@ -50,11 +52,26 @@ class RowRunner(Runner):
 
     # ---------------------------------------------------------------- rows
 
+    def books(self, budget: MemoryBudget) -> Admission:
+        """Returns the books of the one cache that all rows lie in."""
+        return Admission(budget, self._reader.cache.bytes_per_token, token_block=_TOKEN_BLOCK)
+
+    def need(self, request: Request, n_tokens: int) -> Need:
+        """Returns the rows of a request's arms; a routed one has two."""
+        return Need(
+            n_rows=sum(2 if arm.kind == "routed" else 1 for arm in request.arms),
+            n_tokens=self._n_places(n_tokens),
+            record_bytes=record_bytes(request, n_tokens),
+        )
+
+    def _n_places(self, n_tokens: int) -> int:
+        """Returns the positions of a row: siblings lie beyond the last token until one is kept."""
+        return n_tokens + self._overlap.n_siblings
+
     def admit(self, active: ActiveRequest) -> None:
         """Takes the rows of a request's arms and makes room for their tokens."""
         n_needed = sum(2 if track.is_routed else 1 for track in active.tracks)
-        # Siblings lie beyond the last token until one of them is kept.
-        n_tokens = active.limit + self._overlap.n_siblings
+        n_tokens = self._n_places(active.limit)
         cache = self._reader.cache
         n_rows = cache.n_rows + max(n_needed - len(self._free), 0)
         new = range(cache.n_rows, n_rows)

@@ -8,11 +8,28 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from xlora_core.engine.active import ActiveRequest
+from xlora_core.engine.admission import Admission, MemoryBudget, Need
+from xlora_core.engine.requests import Request
+from xlora_core.engine.tracks import N_ALTERNATIVES
 from xlora_core.errors import EngineError
+from xlora_core.recording import bytes_per_token
 
 
 class Runner(ABC):
     """Reads prompts and writes tokens. Used by the engine's thread alone."""
+
+    @abstractmethod
+    def books(self, budget: MemoryBudget) -> Admission:
+        """Returns what keeps account of the memory that this runner's caches take."""
+
+    @abstractmethod
+    def need(self, request: Request, n_tokens: int) -> Need:
+        """Returns the memory that a request asks for.
+
+        Args:
+            request: Any request.
+            n_tokens: Most tokens of each of its arms, prompt and answer.
+        """
 
     @abstractmethod
     def admit(self, active: ActiveRequest) -> None:
@@ -46,6 +63,19 @@ class Runner(ABC):
     @abstractmethod
     def release(self, active: ActiveRequest) -> None:
         """Frees what a request held."""
+
+
+def record_bytes(request: Request, n_tokens: int) -> int:
+    """Returns the bytes that the record of a request of so many tokens takes."""
+    header = request.header
+    return n_tokens * sum(
+        bytes_per_token(
+            header.n_routed_layers if arm.kind == "routed" else None,
+            header.n_adapters,
+            N_ALTERNATIVES,
+        )
+        for arm in request.arms
+    )
 
 
 def check_router_logits(router_logits: Tensor) -> Tensor:

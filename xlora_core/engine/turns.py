@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from xlora_core.engine.active import ActiveRequest
+from xlora_core.engine.admission import Admission, MemoryBudget, Need
 from xlora_core.engine.arms import ArmDecoder
-from xlora_core.engine.runner import Runner
+from xlora_core.engine.requests import Request
+from xlora_core.engine.runner import Runner, record_bytes
 from xlora_core.engine.tracks import ArmTrack
 
 if TYPE_CHECKING:
@@ -24,6 +26,19 @@ class TurnRunner(Runner):
     def __init__(self, model: XLoraModel) -> None:
         self._model = model
         self._decoders: dict[ActiveRequest, list[ArmDecoder]] = {}
+
+    def books(self, budget: MemoryBudget) -> Admission:
+        """Returns the books of caches that each arm has for itself."""
+        return Admission(budget, _cache_bytes_per_token(self._model), one_block=False)
+
+    def need(self, request: Request, n_tokens: int) -> Need:
+        """Returns the caches of a request's arms; one that a classifier routes has two."""
+        n_routed = 1 if self._model.is_routed_per_layer else 2
+        return Need(
+            n_rows=sum(n_routed if arm.kind == "routed" else 1 for arm in request.arms),
+            n_tokens=n_tokens,
+            record_bytes=record_bytes(request, n_tokens),
+        )
 
     def admit(self, active: ActiveRequest) -> None:
         """Gives every arm its caches; they grow with the text."""
@@ -57,6 +72,19 @@ class TurnRunner(Runner):
     def release(self, active: ActiveRequest) -> None:
         """Frees the caches of a request's arms."""
         self._decoders.pop(active, None)
+
+
+def _cache_bytes_per_token(model: XLoraModel) -> int:
+    """Returns the bytes of a token's keys and values; 0 for a model whose config tells no sizes."""
+    config = model.config.get_text_config()
+    n_query_heads = getattr(config, "num_attention_heads", None)
+    n_heads = getattr(config, "num_key_value_heads", None) or n_query_heads
+    n_blocks = getattr(config, "num_hidden_layers", None)
+    width = getattr(config, "hidden_size", None)
+    if not n_query_heads or not n_heads or not n_blocks or not width:
+        return 0
+    size = getattr(config, "head_dim", None) or width // n_query_heads
+    return int(n_blocks * 2 * n_heads * size * model.dtype.itemsize)
 
 
 def _step(track: ArmTrack, decoder: ArmDecoder) -> None:

@@ -28,22 +28,23 @@ class Work:
 class WaitEstimate:
     """Seconds until a queued request starts.
 
-    All running requests write a token in the same step, so an answer takes as many steps as it
-    has tokens. A waiting request starts when one of those that run has ended. How much of what
-    it may write a request really writes is taken from the requests that have ended, and all of it
-    before the first.
+    All running requests share their steps, and write a token each in most of them. A waiting
+    request starts when one of those that run has ended. How much of what it may write a request
+    really writes is taken from the requests that have ended, and all of it before the first.
 
     The engine's thread measures; any thread may ask.
     """
 
     def __init__(self) -> None:
         self._step_seconds: float | None = None
+        self._tokens_per_step: float | None = None
         self._seconds_per_prompt_token: float | None = None
         self._written_share: float | None = None
 
-    def stepped(self, seconds: float) -> None:
-        """Notes what a decode step took."""
+    def stepped(self, seconds: float, tokens_per_request: float = 1) -> None:
+        """Notes what a decode step took, and how many tokens it brought each request."""
         self._step_seconds = _mean(self._step_seconds, seconds)
+        self._tokens_per_step = _mean(self._tokens_per_step, tokens_per_request)
 
     def read(self, n_tokens: int, seconds: float) -> None:
         """Notes what reading part of a prompt took."""
@@ -56,37 +57,39 @@ class WaitEstimate:
         self._written_share = _mean(self._written_share, n_written / most)
 
     def expected_seconds(
-        self, active: Sequence[Work], ahead: Sequence[Work], *, n_free: int = 0
-    ) -> float | None:
-        """Returns when a request will start.
+        self, active: Sequence[Work], waiting: Sequence[Work], *, n_free: int = 0
+    ) -> list[float | None]:
+        """Returns when each waiting request will start.
 
-        A request further back never gets a shorter time, and while running requests write, and
-        steps take what they took, the time only falls.
+        Further back is never sooner, and while running requests write, and steps take what they
+        took, the times only fall.
 
         Args:
             active: What is left of the requests that run.
-            ahead: The same of those that wait before it, in the order of service.
+            waiting: The same of those that wait, in the order of service.
             n_free: How many more may run now.
 
         Returns:
-            Seconds; 0 for one that may start at once, None as long as no step has been measured.
+            Seconds, one per waiting request; 0 for those that may start at once, None as long as
+            no step has been measured.
         """
-        if n_free > len(ahead):
-            return 0.0
-        places = [0.0] * n_free
-        for work in active:
-            if (seconds := self._seconds(work)) is None:
-                return None
-            places.append(seconds)
-        if not places:
-            return None
+        waits: list[float | None] = [0.0] * min(n_free, len(waiting))
+        ends = [self._seconds(work) for work in active]
+        # When each place is free again; none are known if one is not.
+        places = [0.0] * n_free + [end for end in ends if end is not None]
+        if None in ends:
+            places = []
         heapq.heapify(places)
-        for work in ahead:
-            if (seconds := self._seconds(work)) is None:
-                return None
-            # It takes the place that is free first, and holds it for so long.
-            heapq.heapreplace(places, places[0] + seconds)
-        return places[0]
+        for n, work in enumerate(waiting):
+            if n >= n_free:
+                waits.append(places[0] if places else None)
+            seconds = self._seconds(work)
+            if seconds is None:
+                places = []
+            elif places:
+                # It takes the place that is free first, and holds it for so long.
+                heapq.heapreplace(places, places[0] + seconds)
+        return waits
 
     def _seconds(self, work: Work) -> float | None:
         """Returns how long a request will run; None if that is not known yet."""
@@ -96,10 +99,11 @@ class WaitEstimate:
                 return None
             seconds += work.n_to_read * self._seconds_per_prompt_token
         if work.n_to_write:
-            if self._step_seconds is None:
+            if self._step_seconds is None or not self._tokens_per_step:
                 return None
             share = 1.0 if self._written_share is None else self._written_share
-            seconds += work.n_to_write * share * self._step_seconds
+            n_steps = work.n_to_write * share / self._tokens_per_step
+            seconds += n_steps * self._step_seconds
         return seconds if work.most_seconds is None else min(seconds, work.most_seconds)
 
 
