@@ -1,0 +1,434 @@
+"""Rows through a model's modules: layout, masks, cache, head."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Gemma2Config, Llama4TextConfig, LlamaConfig, MistralConfig
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_masks_for_generate
+
+from tests.decoders import decoder_xlora, decoders, longrope_decoder
+from tests.row_texts import assert_as_alone, random_text, read_on
+from xlora_core.errors import ModelError
+from xlora_core.model import XLoraModel
+from xlora_core.rows import BlockShape, RowBatch, RowCache, Segment
+from xlora_core.rows.hf_cache import RowCacheView
+from xlora_core.rows.layout import PADDING_WORTH_A_CALL, Grid, one_by_one, side_by_side
+from xlora_core.rows.masks import ExplicitMasks, PaddingMasks, rules
+from xlora_core.rows.modules import ModuleRows, cached_shapes
+
+# ---------------------------------------------------------------- layout
+
+
+def batch_of(*segments: Segment, scalings: Tensor | None = None) -> RowBatch:
+    n_tokens = sum(segment.n for segment in segments)
+    return RowBatch(token_ids=torch.arange(n_tokens), segments=segments, scalings=scalings)
+
+
+def test_single_tokens_share_a_call() -> None:
+    (grid,) = side_by_side(batch_of(*(Segment(row=row, start=row + 3) for row in range(5))))
+    assert (len(grid.lines), grid.width, grid.n_places) == (5, 1, 8)
+    assert grid.positions.flatten().tolist() == [3, 4, 5, 6, 7]
+
+
+def test_lines_are_in_the_order_of_their_rows() -> None:
+    """Only then their keys are read without a copy; the batch's order is another one."""
+    segments = [Segment(row=row, start=9) for row in (4, 2, 3)]
+    (grid,) = side_by_side(batch_of(*segments))
+    assert grid.rows.tolist() == [2, 3, 4]
+    assert grid.tokens.flatten().tolist() == [1, 2, 0]
+    assert grid.row_range == slice(2, 5)
+
+
+def test_rows_with_a_gap_are_no_range() -> None:
+    (grid,) = side_by_side(batch_of(Segment(row=0, start=1), Segment(row=2, start=1)))
+    assert grid.row_range is None
+
+
+def test_short_lines_are_padded_by_their_own_first_token() -> None:
+    (grid,) = side_by_side(batch_of(Segment(row=0, start=4, n=3), Segment(row=1, start=9)))
+    assert grid.tokens.tolist() == [[0, 1, 2], [3, 3, 3]]
+    assert grid.positions.tolist() == [[4, 5, 6], [9, 9, 9]]
+    assert grid.places.tolist() == [[4, 5, 6], [9, 9, 9]]
+    hidden = torch.arange(6.0).reshape(2, 3, 1)
+    collected = torch.full((4, 1), torch.nan)
+    grid.collect(hidden, into=collected)
+    assert collected.flatten().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "calls"),
+    [
+        ((1, 1 + PADDING_WORTH_A_CALL), 1),
+        ((1, 2 + PADDING_WORTH_A_CALL), 2),
+        ((1, 1, 1, 200), 2),
+        ((200, 190, 180), 1),
+        ((200, 190, 150), 2),
+        ((7,), 1),
+    ],
+)
+def test_segments_share_a_call_unless_padding_costs_more(
+    lengths: tuple[int, ...], calls: int
+) -> None:
+    segments = [Segment(row=row, start=0, n=n) for row, n in enumerate(lengths)]
+    grids = side_by_side(batch_of(*segments))
+    assert len(grids) == calls
+    assert sum(len(grid.lines) for grid in grids) == len(lengths)
+
+
+def test_lengths_on_both_sides_of_a_boundary_run_apart() -> None:
+    segments = [Segment(row=0, start=14, n=2), Segment(row=1, start=15, n=2)]
+    below, above = side_by_side(batch_of(*segments), [16])
+    assert (below.rows.tolist(), above.rows.tolist()) == ([0], [1])
+    siblings = Segment(row=1, start=15, n=2, siblings=True)
+    (together,) = side_by_side(batch_of(segments[0], siblings), [16])
+    assert together.rows.tolist() == [0, 1]
+
+
+def test_siblings_stand_at_one_position() -> None:
+    (grid,) = side_by_side(
+        batch_of(Segment(row=1, start=5), Segment(row=0, start=7, n=3, siblings=True))
+    )
+    assert grid.positions.tolist() == [[7, 7, 7], [5, 5, 5]]
+    assert grid.places.tolist() == [[7, 8, 9], [5, 5, 5]]
+
+
+def test_one_by_one_runs_chunks_alone_and_siblings_as_lines() -> None:
+    singles, chunk = one_by_one(
+        batch_of(
+            Segment(row=2, start=3, n=4),
+            Segment(row=0, start=7, n=2, siblings=True),
+            Segment(row=1, start=5),
+        )
+    )
+    assert (chunk.rows.tolist(), chunk.positions.tolist()) == ([2], [[3, 4, 5, 6]])
+    assert chunk.is_one_text
+    assert singles.rows.tolist() == [0, 0, 1]
+    assert singles.tokens.flatten().tolist() == [4, 5, 6]
+    assert singles.positions.flatten().tolist() == [7, 7, 5]
+    assert singles.places.flatten().tolist() == [7, 8, 5]
+
+
+def test_scalings_are_zero_for_padding_and_for_tokens_without_adapters() -> None:
+    scalings = torch.arange(1.0, 9.0).reshape(4, 1, 2)
+    batch = batch_of(
+        Segment(row=1, start=0, n=3),
+        Segment(row=2, start=0),
+        Segment(row=0, start=4),
+        scalings=scalings,
+    )
+    (grid,) = side_by_side(batch)
+    held = grid.scalings(batch)
+    assert held is not None
+    (laid_out,) = held.tensors()
+    assert laid_out[0].tolist() == [[[0, 0]]] * 3
+    assert torch.equal(laid_out[1], scalings[:3])
+    assert torch.equal(laid_out[2, 0], scalings[3])
+    assert not laid_out[2, 1:].any()
+
+
+def test_a_grid_without_adapters_runs_the_base_layers_alone() -> None:
+    plain = batch_of(Segment(row=0, start=4))
+    assert side_by_side(plain)[0].scalings(plain) is None
+    chunk, token = Segment(row=0, start=0, n=100), Segment(row=1, start=3)
+    mixed = batch_of(chunk, token, scalings=torch.ones(100, 1, 2))
+    assert [grid.scalings(mixed) is None for grid in side_by_side(mixed)] == [False, True]
+
+
+# ---------------------------------------------------------------- masks
+
+
+class Length(DynamicCache):
+    """Says that it holds so many tokens, of a text that is so long."""
+
+    def __init__(self, n_seen: int, n_places: int) -> None:
+        super().__init__()
+        self._n_seen, self._n_places = n_seen, n_places
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._n_seen
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        return self._n_places, 0
+
+
+class Backbone:
+    """As much of a model as masks look at."""
+
+    dtype = torch.float32
+
+    def __init__(self, config: Any, attention: str) -> None:
+        self.config = config
+        config._attn_implementation = attention  # as transformers sets it
+
+    def forward(self, position_ids: Tensor) -> None:
+        """Never called; says which arguments there are."""
+
+
+CONFIGS = {
+    "full": LlamaConfig(),
+    "window": MistralConfig(sliding_window=4096),
+    "by layer": Gemma2Config(sliding_window=40),
+    "chunks": Llama4TextConfig(attention_chunk_size=64),
+}
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_masks_are_those_that_transformers_makes_for_each_text(name: str, attention: str) -> None:
+    """Line for line, at windows that no probe reaches."""
+    backbone = Backbone(CONFIGS[name], attention)
+    segments = [
+        Segment(row=row, start=start, n=n)
+        for row, (start, n) in enumerate([(0, 3), (39, 2), (63, 2), (4095, 3), (4200, 1)])
+    ]
+    (grid,) = side_by_side(batch_of(*segments))
+    found = ExplicitMasks(backbone).of(grid)
+    for line, segment in enumerate(segments):
+        expected = create_masks_for_generate(
+            backbone.config,
+            torch.zeros(1, segment.n, 1),
+            torch.ones(1, grid.n_places),
+            Length(segment.start, grid.n_places),
+        )
+        if not isinstance(expected, dict):
+            expected = {"": expected}
+        of_kind = found if isinstance(found, dict) else {"": found}
+        assert of_kind.keys() == expected.keys()
+        for kind, mask in expected.items():
+            own = of_kind[kind][line : line + 1, :, : segment.n]
+            # None where a flag of the attention says it; eager attention has them all.
+            assert mask is not None or attention == "sdpa"
+            assert mask is None or torch.equal(own, mask)
+
+
+def test_a_mask_never_hides_all_from_padding() -> None:
+    """A softmax over nothing is not a number, and would spoil what else the call computes."""
+    (grid,) = side_by_side(batch_of(Segment(row=0, start=0, n=4), Segment(row=1, start=0)))
+    mask = ExplicitMasks(Backbone(CONFIGS["full"], "sdpa")).of(grid)
+    assert isinstance(mask, Tensor)
+    assert mask.any(-1).all()
+
+
+def test_a_sibling_sees_what_came_before_and_itself() -> None:
+    (grid,) = side_by_side(batch_of(Segment(row=0, start=3, n=2, siblings=True)))
+    mask = ExplicitMasks(Backbone(MistralConfig(sliding_window=3), "sdpa")).of(grid)
+    assert isinstance(mask, Tensor)
+    assert mask[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]
+
+
+def test_a_text_alone_is_masked_by_its_model() -> None:
+    (grid,) = side_by_side(batch_of(Segment(row=0, start=3, n=2)))
+    assert ExplicitMasks(Backbone(CONFIGS["window"], "sdpa")).of(grid) is None
+    assert PaddingMasks(Backbone(CONFIGS["full"], "sdpa")).of(grid) is None
+
+
+def test_a_padding_mask_ends_where_each_line_does() -> None:
+    (grid,) = one_by_one(batch_of(Segment(row=0, start=3), Segment(row=1, start=1)))
+    masks = PaddingMasks(Backbone(CONFIGS["full"], "sdpa"))
+    mask = masks.of(grid)
+    assert mask is not None
+    assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert masks.n_seen(grid) == 3
+
+
+@pytest.mark.parametrize("name", ["window", "by layer", "chunks"])
+def test_windows_are_refused_where_only_padding_is_masked(name: str) -> None:
+    with pytest.raises(ModelError, match="see a window"):
+        PaddingMasks(Backbone(CONFIGS[name], "sdpa"))
+
+
+def test_attention_that_takes_no_mask_is_refused() -> None:
+    with pytest.raises(ModelError, match="'flash_attention_2' takes no explicit mask"):
+        ExplicitMasks(Backbone(LlamaConfig(), "flash_attention_2"))
+
+
+def test_unknown_layers_are_refused() -> None:
+    config = Gemma2Config()
+    config.layer_types = ["full_attention", "conv"]
+    with pytest.raises(ModelError, match="layers of type 'conv'"):
+        rules(config)
+
+
+# ---------------------------------------------------------------- cache
+
+
+def cache_view() -> tuple[RowCache, RowCacheView]:
+    rows = RowCache([BlockShape(n_heads=2, key_size=3, value_size=3)], dtype=torch.float32)
+    rows.grow(4, 8)
+    for tensor in (*rows.keys, *rows.values):
+        tensor.copy_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0)))
+    return rows, RowCacheView(rows)
+
+
+def update(view: RowCacheView, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+    new = torch.randn(len(grid.lines), 2, grid.width, 3)
+    with view.reading(grid, 0):
+        keys, values = view.update(new, -new, 0)
+    return new, keys, values
+
+
+def test_keys_of_consecutive_rows_are_not_copied() -> None:
+    rows, view = cache_view()
+    (grid,) = side_by_side(batch_of(Segment(row=2, start=5), Segment(row=1, start=3)))
+    new, keys, values = update(view, grid)
+    assert keys.shape == (2, 2, 6, 3)
+    assert keys.untyped_storage().data_ptr() == rows.keys[0].untyped_storage().data_ptr()
+    assert torch.equal(keys[0, :, 3], new[0, :, 0])
+    assert torch.equal(values[1, :, 5], -new[1, :, 0])
+
+
+def test_keys_of_other_rows_are_gathered() -> None:
+    rows, view = cache_view()
+    (grid,) = side_by_side(batch_of(Segment(row=3, start=5), Segment(row=1, start=3)))
+    new, keys, _ = update(view, grid)
+    assert torch.equal(keys, rows.keys[0][[1, 3], :, :6])
+    assert torch.equal(rows.keys[0][3, :, 5], new[1, :, 0])
+
+
+def test_padding_is_not_stored() -> None:
+    rows, view = cache_view()
+    before = rows.keys[0].clone()
+    (grid,) = side_by_side(batch_of(Segment(row=0, start=0, n=3), Segment(row=1, start=5)))
+    new, _, _ = update(view, grid)
+    assert torch.equal(rows.keys[0][0, :, :3], new[0])
+    assert torch.equal(rows.keys[0][1, :, 5], new[1, :, 0])
+    before[0, :, :3], before[1, :, 5] = new[0], new[1, :, 0]
+    assert torch.equal(rows.keys[0], before)
+
+
+def test_a_view_outside_of_a_read_is_refused() -> None:
+    _, view = cache_view()
+    with pytest.raises(ModelError, match=r"through RowReader\.read"):
+        view.update(torch.zeros(1, 2, 1, 3), torch.zeros(1, 2, 1, 3), 0)
+
+
+# ---------------------------------------------------------------- reading
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> XLoraModel:
+    return decoder_xlora(tmp_path, decoders()["gemma2"])
+
+
+def module_rows(model: XLoraModel) -> ModuleRows:
+    return ModuleRows(model, cached_shapes(model), ExplicitMasks(model.base_model.base_model))
+
+
+@pytest.fixture
+def calls(model: XLoraModel) -> Iterator[list[tuple[int, ...]]]:
+    """The shapes of the tokens that the first block read, call by call."""
+    shapes: list[tuple[int, ...]] = []
+    block = model.base_model.model.layers[0]
+    hook = block.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[:2]))
+    yield shapes
+    hook.remove()
+
+
+def test_a_decode_step_of_all_rows_is_one_call(
+    model: XLoraModel, calls: list[tuple[int, ...]]
+) -> None:
+    reader = module_rows(model)
+    texts = [random_text(model, row, 5, adapted=row < 2, seed=row) for row in range(4)]
+    read_on(reader, [(text, 3 + i % 2) for i, text in enumerate(texts)])
+    calls.clear()
+    read_on(reader, [(text, 1) for text in texts])
+    assert calls == [(4, 1)]
+
+
+def test_the_cache_has_the_shapes_of_the_blocks(model: XLoraModel) -> None:
+    empty = cached_shapes(model)
+    assert (empty.n_rows, empty.n_tokens) == (0, 0)
+    empty.grow(3, 7)
+    assert [tuple(t.shape) for t in empty.keys] == [(3, 2, 7, 8)] * 2
+    assert empty.keys[0].dtype == torch.float64
+
+
+def test_a_segment_without_room_is_refused(model: XLoraModel) -> None:
+    reader = module_rows(model)
+    reader.cache.grow(1, 4)
+    with pytest.raises(ModelError, match="outside of the cache of 1 rows with 4 positions"):
+        reader.read(RowBatch(token_ids=torch.tensor([5]), segments=[Segment(row=0, start=4)]))
+
+
+def test_a_read_that_fails_leaves_the_model_as_it_was(
+    model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what was read before: the same tokens are read again at the same places."""
+    reader = module_rows(model)
+    text = random_text(model, 0, 6, adapted=True)
+    read_on(reader, [(text, 3)])
+    last = model.base_model.model.layers[-1]
+
+    def fails(*args: object, **kwargs: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(last, "forward", fails)
+        with pytest.raises(MemoryError):
+            read_on(reader, [(text, 2)])
+    assert model.active_scalings.value is None
+    read_on(reader, [(text, 2)])
+    assert_as_alone(model, reader, text, 1e-6)
+
+
+def test_reading_needs_no_gradient(model: XLoraModel) -> None:
+    reader = module_rows(model)
+    reader.cache.grow(1, 1)
+    hidden = reader.read(RowBatch(token_ids=torch.tensor([5]), segments=[Segment(row=0, start=0)]))
+    assert not hidden.requires_grad
+    assert not reader.logits(hidden).requires_grad
+
+
+def test_one_set_of_scalings_serves_all_modules(model: XLoraModel) -> None:
+    """``[M, 1, K]``, of a router that is not layerwise or of an arm with constant scalings."""
+    reader = module_rows(model)
+    text = random_text(model, 0, 5, adapted=True)
+    assert text.scalings is not None
+    text.scalings = text.scalings[:, :1]
+    read_on(reader, [(text, 4)])
+    read_on(reader, [(text, 1)])
+    assert_as_alone(model, reader, text, 1e-6)
+
+
+def test_texts_beyond_a_rotary_boundary_keep_their_own_frequencies(tmp_path: Path) -> None:
+    """Read in rows as read step by step with a cache of its own: that is what there is to equal.
+
+    One uncached call would take the long frequencies for the first tokens, too.
+    """
+    model = decoder_xlora(tmp_path, longrope_decoder())
+    reader = module_rows(model)
+    long = random_text(model, 0, 20, adapted=False, seed=1)
+    short = random_text(model, 1, 9, adapted=False, seed=2)
+    read_on(reader, [(long, 14), (short, 3)])
+    for _ in range(6):
+        read_on(reader, [(long, 1), (short, 1)])
+    assert_as_alone(model, reader, short, 1e-9)
+    cache = DynamicCache(config=model.base_model.config)
+    with torch.no_grad():
+        steps = [long.token_ids[:14], *long.token_ids[14:].split(1)]
+        expected = [
+            model.main_pass(scalings=None, input_ids=ids[None], past_key_values=cache).logits[0]
+            for ids in steps
+        ]
+        found = reader.logits(torch.cat(long.hidden))
+    torch.testing.assert_close(found, torch.cat(expected), atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "cohere", "granite", "opt", "gpt2", "mixtral"])
+def test_logits_are_the_models_own(tmp_path: Path, name: str) -> None:
+    """Caps, scales and projections around a head are the architecture's."""
+    model = decoder_xlora(tmp_path, decoders()[name])
+    ids = torch.tensor([[5, 9, 4]])
+    with torch.no_grad():
+        hidden = model.base_model.base_model(input_ids=ids).last_hidden_state[0]
+        expected = model.base_model(input_ids=ids).logits[0]
+        plain = hidden @ model.base_model.get_output_embeddings().weight.T
+    assert torch.equal(module_rows(model).logits(hidden), expected)
+    assert torch.equal(plain, expected) == (name in ("opt", "gpt2", "mixtral"))
