@@ -124,7 +124,7 @@ def test_between_steps_nothing_is_overdue() -> None:
     assert len(scene.failures) == 1
 
 
-def test_a_thread_that_dies_is_told_at_once() -> None:
+def test_a_thread_that_dies_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
     scene = Scene()
     dog = Watchdog(None, scene.failures.append)
 
@@ -132,8 +132,8 @@ def test_a_thread_that_dies_is_told_at_once() -> None:
         with dog.step():
             raise SystemExit(3)
 
-    with pytest.raises(SystemExit):
-        dog.run(die)
+    dog.run(die)
+    assert "the engine's thread died" in caplog.messages
     [failure] = scene.failures
     assert failure.message == "the engine's thread died: SystemExit: 3"
     assert "new Engine" in failure.hint
@@ -163,7 +163,6 @@ def test_a_real_thread_that_is_stuck_is_told_and_its_late_death_is_not() -> None
             assert told.wait(timeout=30)
         raise RuntimeError("late")
 
-    with pytest.raises(RuntimeError, match="late"):
-        dog.run(be_stuck)
+    dog.run(be_stuck)
     [failure] = failures
     assert "has not returned for 0.01 seconds" in failure.message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Hashable
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ class MemoryBudget:
     def of_free_memory(cls, device: torch.device) -> MemoryBudget:
         """Returns a share of what is free now: 80 % of a GPU's memory, half of the machine's."""
         return cls(int(_SHARE.get(device.type, _SHARE_OF_HOST) * free_bytes(device)))
+
+
+UNLIMITED = MemoryBudget(sys.maxsize)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from xlora_core.engine.active import ActiveRequest
-from xlora_core.engine.admission import MemoryBudget, Need
+from xlora_core.engine.admission import UNLIMITED, MemoryBudget, Need
 from xlora_core.engine.faults import as_xlora_error
 from xlora_core.engine.requests import Request
 from xlora_core.engine.runner import Runner
@@ -40,7 +40,7 @@ class Scheduler:
         *,
         stop_ids: frozenset[int],
         context_length: int,
-        budget: MemoryBudget,
+        budget: MemoryBudget = UNLIMITED,
         max_seconds: float | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

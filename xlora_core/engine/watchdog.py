@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from xlora_core.errors import EngineError
+
+logger = logging.getLogger(__name__)
 
 
 class Waiter(Protocol):
@@ -60,7 +63,7 @@ class Watchdog:
     def run(self, work: Callable[[], None]) -> None:
         """Does the work of the watched thread, and watches it meanwhile.
 
-        Whatever ends the work other than a return is told as a failure and goes on to rise.
+        Whatever ends the work other than a return is logged and told as a failure.
 
         Args:
             work: What the thread is for; its steps run inside ``step``.
@@ -70,6 +73,7 @@ class Watchdog:
         try:
             work()
         except BaseException as error:
+            logger.critical("the engine's thread died", exc_info=error)
             if self._end():
                 self._on_failure(
                     EngineError(
@@ -77,7 +81,6 @@ class Watchdog:
                         hint="make a new Engine, or start the app again; the log has the traceback",
                     )
                 )
-            raise
         finally:
             self._end()
 
