@@ -12,6 +12,7 @@ from xlora_core.bench.texts import prompt_of
 from xlora_core.bench.turns import Sample, Side, take_turns, together
 from xlora_core.config import Arm
 from xlora_core.engine import Engine
+from xlora_core.engine.overlap import OverlapMode
 from xlora_core.engine.prompts import Prompt, encode_prompt
 
 if TYPE_CHECKING:
@@ -23,9 +24,10 @@ CONTEXTS = (128, 512, 1024, 2000)
 METHOD = (
     "Milliseconds a token, batch 1, greedy. hf: the plain base model's forward with Hugging "
     "Face's cache; generate: its generate; base: our engine's base arm; routed: our engine's "
-    "X-LoRA as it comes; two passes: the same without guessing the next token. hit rate: how "
-    "often the guess was right; routed/first: against the first line. The sides take turns; a "
-    "side's figure is its quietest round, the mean over all tokens and texts."
+    "X-LoRA; two passes: the same without guessing the next token. hit rate: how often the guess "
+    "was right, - where none was made since it did not pay; routed/first: against the first line. "
+    "The sides take turns; a side's figure is its quietest round, the mean over all tokens and "
+    "texts."
 )
 
 
@@ -38,6 +40,7 @@ def measure(
     questions: Sequence[str],
     n_tokens: int = 32,
     rounds: int = 2,
+    overlap: OverlapMode = "auto",
 ) -> Report:
     """Times a decode step of every side at every context.
 
@@ -49,10 +52,11 @@ def measure(
         questions: One text is decoded for each.
         n_tokens: Tokens decoded per text.
         rounds: How often each side has its turn per text.
+        overlap: Of the routed side's engine: ``"auto"`` as it comes.
     """
     rows: list[dict[str, Cell]] = []
     with ExitStack() as stack:
-        engine = stack.enter_context(Engine(model, tokenizer))
+        engine = stack.enter_context(Engine(model, tokenizer, overlap=overlap))
         two_passes = stack.enter_context(Engine(model, tokenizer, overlap="off"))
         for context in contexts:
             parts = [
@@ -70,7 +74,8 @@ def measure(
             ]
             of = {side: together(part[side] for part in parts) for side in parts[0]}
             rows.append(_row(of, first=rows[0] if rows else None))
-    facts = model_facts(model) | {"texts": len(questions), "tokens": n_tokens, "rounds": rounds}
+    facts = model_facts(model) | {"overlap": overlap, "texts": len(questions)}
+    facts |= {"tokens": n_tokens, "rounds": rounds}
     return Report(name="decode", method=METHOD, rows=rows, facts=facts)
 
 

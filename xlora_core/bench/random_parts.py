@@ -68,9 +68,10 @@ def number_tokenizer(n_tokens: int) -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(models.WordLevel({str(i): i for i in range(n_tokens)}, unk_token="0"))  # noqa: S106  # a token of text
+    words = {str(i): i for i in range(n_tokens)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="0"))  # noqa: S106  # text, no secret
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="0")  # noqa: S106
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
 def random_numbers(n: int, n_tokens: int) -> str:

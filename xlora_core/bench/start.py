@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from xlora_core.bench.report import Cell, Report
-from xlora_core.errors import EngineError
+from xlora_core.errors import EngineError, XLoraError
 
 METHOD = (
     "Seconds since a fresh process was started, until: the package and what it needs are imported, "
@@ -101,4 +101,7 @@ def _main(argv: Sequence[str]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(_main(sys.argv[1:])) + "\n")
+    try:
+        sys.stdout.write(json.dumps(_main(sys.argv[1:])) + "\n")
+    except XLoraError as error:
+        sys.exit(error.message)
