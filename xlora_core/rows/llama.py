@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from xlora_core.model import XLoraModel
 from xlora_core.rows.attention import AttentionPlan
 from xlora_core.rows.batch import RowBatch
 from xlora_core.rows.cache import BlockShape, RowCache
+from xlora_core.rows.norm import rms_norm
 from xlora_core.rows.projection import FusedProjection, RankWeights, plain_layer
 from xlora_core.rows.reader import RowReader
 from xlora_core.rows.skinny import linear_rows
@@ -56,7 +57,7 @@ class LlamaRows(RowReader):
         backbone = model.base_model.model
         self._embedding: nn.Embedding = backbone.embed_tokens
         self._head: nn.Linear = model.base_model.lm_head
-        self._norm = backbone.norm
+        self._norm = rms_norm(backbone.norm)
         # A copy: embeddings that follow the length of the text keep it on the module.
         self._rotary = copy.deepcopy(backbone.rotary_emb)
         self._blocks = [_Block(layer) for layer in _blocks(model)]
@@ -88,30 +89,28 @@ class LlamaRows(RowReader):
         one_place = len(places) == 1 and not any(t.is_meta for t in tensors) and not offloaded
         return one_place and next(iter(places))[1] in _DTYPES
 
-    @torch.no_grad()
     def read(self, batch: RowBatch) -> Tensor:
         """Reads the tokens of a batch; see ``RowReader.read``."""
-        plan = AttentionPlan(batch, self.cache)
-        hidden = F.embedding(batch.token_ids, self._embedding.weight)
-        cos, sin = self._rotation(hidden, plan.positions, batch.segments)
-        weights = iter(self._weights(batch))
-        for index, block in enumerate(self._blocks):
-            q, k, v = block.queries_keys_values(hidden, cos, sin, next(weights))
-            found = plan.attend(index, q, k, v, block.attention_scale)
-            hidden = hidden + block.output(found, next(weights))
-            hidden = hidden + block.mlp(hidden, next(weights), next(weights))
-        normed: Tensor = self._norm(hidden)
-        return normed
+        # Cheaper than no_grad, operation by operation; the clone is an ordinary tensor again.
+        with torch.inference_mode():
+            plan = AttentionPlan(batch, self.cache)
+            hidden = F.embedding(batch.token_ids, self._embedding.weight)
+            rotation = self._rotation(hidden, plan.positions, batch.segments)
+            weights = self._weights(batch)
+            for index, block in enumerate(self._blocks):
+                block.read(hidden, index, plan, rotation, weights[4 * index : 4 * index + 4])
+            normed = self._norm(hidden)
+        return normed.clone()
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits ``[n, V]`` of hidden states ``[n, H]``."""
         return linear_rows(hidden, self._head.weight, self._head.bias)
 
-    def _weights(self, batch: RowBatch) -> Iterator[Tensor | None]:
+    def _weights(self, batch: RowBatch) -> Sequence[Tensor | None]:
         if batch.scalings is None:
-            return iter([None] * (4 * len(self._blocks)))
-        return iter(self._rank_weights.of(batch.scalings))
+            return [None] * (4 * len(self._blocks))
+        return self._rank_weights.of(batch.scalings, batch.n_tokens)
 
     def _rotation(self, hidden: Tensor, positions: Tensor, segments: Any) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines ``[N, 1, D]`` of the tokens' positions."""
@@ -147,15 +146,16 @@ class _Block:
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v, o = (getattr(attention, name) for name in _ATTENTION_LINEARS)
         gate, up, down = (getattr(mlp, name) for name in _MLP_LINEARS)
-        self._attention_norm, self._mlp_norm = layer.input_layernorm, layer.post_attention_layernorm
+        self._attention_norm = rms_norm(layer.input_layernorm)
+        self._mlp_norm = rms_norm(layer.post_attention_layernorm)
         self._q_norm = getattr(attention, "q_norm", None)
         self._k_norm = getattr(attention, "k_norm", None)
         self._act = mlp.act_fn
-        self.attention_scale = float(attention.scaling)
+        self._scale = float(attention.scaling)
         self._head_size = int(attention.head_dim)
         self._n_heads = plain_layer(q).out_features // self._head_size
         self._kv_heads = plain_layer(k).out_features // self._head_size
-        self._n_hidden = plain_layer(gate).out_features
+        self._n_inner = plain_layer(gate).out_features
         self._qkv = FusedProjection([q, k, v])
         self._o = FusedProjection([o])
         self._gate_up = FusedProjection([gate, up])
@@ -168,43 +168,42 @@ class _Block:
         size = self._head_size
         return BlockShape(n_heads=self._kv_heads, key_size=size, value_size=size)
 
-    def queries_keys_values(
-        self, hidden: Tensor, cos: Tensor, sin: Tensor, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns rotated queries ``[N, heads, D]``, rotated keys and values ``[N, kv_heads, D]``.
+    def read(
+        self,
+        hidden: Tensor,
+        index: int,
+        plan: AttentionPlan,
+        rotation: tuple[Tensor, Tensor],
+        weights: Sequence[Tensor | None],
+    ) -> None:
+        """Runs the block.
 
         Args:
-            hidden: ``[N, H]``.
-            cos: ``[N, 1, D]``.
-            sin: ``[N, 1, D]``, the first half negated.
-            weights: ``[M, R]``.
+            hidden: ``[N, H]``; what attention and MLP find is added to it.
+            index: The block's place in the cache.
+            plan: Where the tokens stand and what they see.
+            rotation: Cosines and signed sines ``[N, 1, D]``.
+            weights: ``[M, R]`` of each projection.
         """
-        projected = self._qkv(self._attention_norm(hidden), weights)
-        heads = projected.unflatten(1, (-1, self._head_size))
-        turning, values = heads.split([self._n_heads + self._kv_heads, self._kv_heads], dim=1)
+        qkv = self._qkv(self._attention_norm(hidden), weights[0])
+        queries, keys, values = self._turned(qkv.contiguous(), *rotation)
+        found = plan.attend(index, queries, keys, values, self._scale)
+        hidden += self._o(found, weights[1])
+        gate_up = self._gate_up(self._mlp_norm(hidden), weights[2])
+        inner = self._act(gate_up[:, : self._n_inner]) * gate_up[:, self._n_inner :]
+        hidden += self._down(inner, weights[3])
+
+    def _turned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns queries ``[N, heads, D]``, keys and values ``[N, kv_heads, D]``, rotated."""
+        heads = qkv.view(qkv.shape[0], -1, self._head_size)
+        n_heads, n_turned = self._n_heads, self._n_heads + self._kv_heads
+        turned = heads[:, :n_turned]
         if self._q_norm is not None and self._k_norm is not None:
-            q, k = turning.split([self._n_heads, self._kv_heads], dim=1)
-            turning = torch.cat([self._q_norm(q), self._k_norm(k)], dim=1)
-        swapped = turning.roll(self._head_size // 2, dims=-1)
-        turned = torch.addcmul(turning * cos, swapped, sin)
-        queries, keys = turned.split([self._n_heads, self._kv_heads], dim=1)
-        return queries, keys, values
-
-    def output(self, found: Tensor, weights: Tensor | None) -> Tensor:
-        """Returns what attention adds to the hidden states, ``[N, H]``."""
-        return self._o(found, weights)
-
-    def mlp(self, hidden: Tensor, up: Tensor | None, down: Tensor | None) -> Tensor:
-        """Returns what the MLP adds to the hidden states, ``[N, H]``.
-
-        Args:
-            hidden: ``[N, H]``.
-            up: ``[M, R]``, rank weights of gate and up.
-            down: ``[M, R]``, rank weights of down.
-        """
-        both = self._gate_up(self._mlp_norm(hidden), up)
-        gate, linear = both.split(self._n_hidden, dim=1)
-        return self._down(self._act(gate) * linear, down)
+            queries, keys = self._q_norm(turned[:, :n_heads]), self._k_norm(turned[:, n_heads:])
+            turned = torch.cat([queries, keys], dim=1)
+        swapped = turned.roll(self._head_size // 2, -1)
+        turned = torch.addcmul(turned * cos, swapped, sin)
+        return turned[:, :n_heads], turned[:, n_heads:], heads[:, n_turned:]
 
 
 def _blocks(model: XLoraModel) -> list[Any]:
