@@ -109,7 +109,7 @@ def _submit(client: EngineClient, request: session.Request, title: str) -> None:
     shown = session.current()
     if shown and shown.handle:
         raise EngineError("A run is still going.", hint="Stop it first, then start the next one.")
-    handle = client.submit(request.prompt, request.arms, request.sampling)
+    handle = client.submit(request.prompt, request.arms, request.sampling, client=session.visitor())
     session.show(session.Show(title, "engine", request=request, handle=handle))
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import streamlit as st
 
-from xlora_core import Arm, RoutingKnobs, SamplingParams, XLoraConfig
+from app import sharing
+from xlora_core import Arm, EngineLimits, RoutingKnobs, SamplingParams, XLoraConfig
 from xlora_core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class ModelCard:
         context_length: Most tokens of prompt and response together.
         config: The X-LoRA settings.
         knobs: The model's default knobs.
+        limits: What a request may ask for.
     """
 
     model_id: str
@@ -43,6 +45,7 @@ class ModelCard:
     context_length: int
     config: XLoraConfig
     knobs: RoutingKnobs
+    limits: EngineLimits = field(default_factory=EngineLimits)
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,25 @@ class EngineClient:
     card: ModelCard
 
     def submit(
-        self, prompt: Prompt, arms: Sequence[Arm], sampling: SamplingParams
+        self,
+        prompt: Prompt,
+        arms: Sequence[Arm],
+        sampling: SamplingParams,
+        *,
+        client: str | None = None,
     ) -> RequestHandle:
         """Queues a request.
 
+        Args:
+            prompt: A text, or messages.
+            arms: Ways of running it.
+            sampling: How tokens are picked.
+            client: Whose request it is: visitors take turns.
+
         Raises:
-            XLoraError: If the prompt, the knobs or the queue do not allow it.
+            XLoraError: If the prompt, the knobs, the limits or the queue do not allow it.
         """
-        return self.engine.submit(prompt, arms, sampling)
+        return self.engine.submit(prompt, arms, sampling, client=client)
 
 
 def settings_from(environ: Mapping[str, str]) -> dict[str, Any]:
@@ -101,6 +115,7 @@ def open_engine() -> EngineClient:
     from xlora_core import Engine, load_model
 
     settings = settings_from(os.environ)
+    shared = sharing.settings_from(os.environ)
     base = settings.pop("base")
     model, tokenizer = load_model(base, **settings)
     name = model_name(base, getattr(model.config, "_name_or_path", ""))
@@ -114,8 +129,9 @@ def open_engine() -> EngineClient:
         context_length=model.context_length,
         config=model.config_xlora,
         knobs=model.default_knobs,
+        limits=shared["limits"],
     )
-    return EngineClient(Engine(model, tokenizer, model_id=name), card)
+    return EngineClient(Engine(model, tokenizer, model_id=name, **shared), card)
 
 
 def model_name(base: str, path: str) -> str:

@@ -245,13 +245,32 @@ def tokens_per_second(run: Run, arm: int) -> float | None:
     return float((len(seconds) - 1) / (seconds[-1] - seconds[0]))
 
 
+def seconds(run: Run, arm: int) -> float:
+    """Returns the wall time from an arm's start to its last new token; 0 before the first."""
+    track = run.tracks[arm]
+    return float(track.seconds[-1]) if track.n_tokens > track.n_prompt else 0.0
+
+
+def guesses(run: Run) -> tuple[int, int]:
+    """Returns how many tokens were guessed ahead, over all arms, and how many of those hit."""
+    return (
+        sum(track.n_guessed for track in run.tracks),
+        sum(track.n_hit for track in run.tracks),
+    )
+
+
 def arm_table(run: Run) -> pd.DataFrame:
-    """Returns one row per arm: ``arm``, ``tokens``, ``tokens_per_second``, ``finished``."""
+    """Returns one row per arm.
+
+    Columns ``arm``, ``tokens``, ``tokens_per_second``, ``hit_rate`` (of the guesses of the next
+    token; None where nothing was guessed) and ``finished``.
+    """
     return pd.DataFrame(
         {
             "arm": [arm_title(track.arm) for track in run.tracks],
             "tokens": [len(track.token_ids) - track.n_prompt for track in run.tracks],
             "tokens_per_second": [tokens_per_second(run, i) for i in range(len(run.tracks))],
+            "hit_rate": [track.hit_rate for track in run.tracks],
             "finished": [track.finish_reason for track in run.tracks],
         }
     )

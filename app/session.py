@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -39,6 +40,7 @@ _FRAME = "frame"
 _N_FILES = "n_files"
 _REACH = "reach"
 _BY_MODULE = "overrides_by_module"
+_VISITOR = "visitor"
 
 MAX_SHOWS = 8
 
@@ -134,6 +136,12 @@ def overrides_by_module() -> dict[str, tuple[AdapterOverride, ...]]:
     """Returns adapter -> its overrides that differ between modules, which no widget can hold."""
     kept: dict[str, tuple[AdapterOverride, ...]] = st.session_state.setdefault(_BY_MODULE, {})
     return kept
+
+
+def visitor() -> str:
+    """Returns what tells this session's requests from those of others."""
+    name: str = st.session_state.setdefault(_VISITOR, uuid.uuid4().hex)
+    return name
 
 
 def shows() -> list[Show]:

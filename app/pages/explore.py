@@ -53,7 +53,7 @@ def _run_view(show: session.Show, knobs: RoutingKnobs | None) -> None:
     handle = show.handle
     version = handle.version if handle else -1
     run = actions.started_run(handle) if handle else show.run
-    st.markdown(status.line(show, run))
+    st.markdown(status.line(show, run), help=status.explanation(run))
     if run is not None:
         heatmap(_frame(run, show, version, knobs), key=session.HEATMAP)
     if show.live and actions.settle(show):

@@ -11,13 +11,15 @@ from app.engine_client import EngineClient
 from app.panels import steering
 from xlora_core import RoutingKnobs, Run, XLoraConfig
 
+MOST_NEW_TOKENS = 4096
+
 
 def draw(client: EngineClient) -> None:
     """Draws the sidebar."""
     with st.sidebar:
         _knobs(client)
         _compare(client)
-        _sampling()
+        _sampling(client)
         _runs()
 
 
@@ -103,13 +105,16 @@ def _compare(client: EngineClient) -> None:
         default=[actions.MERGED],
         key=session.ARMS,
         label_visibility="collapsed",
-        help="Each runs the same prompt beside the routed model, in turns on the same engine.",
+        help="Each runs the same prompt beside the routed model, on the same engine.",
     )
 
 
-def _sampling() -> None:
+def _sampling(client: EngineClient) -> None:
+    most = client.card.limits.max_new_tokens or MOST_NEW_TOKENS
     with st.expander("Sampling", icon=":material/tune:"):
-        st.number_input("Most new tokens", 1, 4096, 96, step=16, key=session.MAX_NEW_TOKENS)
+        st.number_input(
+            "Most new tokens", 1, most, min(96, most), step=16, key=session.MAX_NEW_TOKENS
+        )
         temperature = st.slider(
             "Sampling temperature",
             0.0,

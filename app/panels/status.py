@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from app import frames, session
 from app.panels.messages import plain
 from xlora_core import Run
@@ -12,6 +14,13 @@ _ENDINGS = {
     "cancelled": "stopped",
     "error": "failed",
 }
+_HITS = (
+    "**Prefetch hits.** While the model reads one token, it already works out the adapters' "
+    "scalings for the next one, on a guess of what that will be: the base model's own favourite. "
+    "A right guess is a hit, and the token costs one run over the model's weights instead of two. "
+    "A wrong one is thrown away and worked out again. The text is the same either way; hits only "
+    "make it faster."
+)
 
 
 def line(show: session.Show, run: Run | None) -> str:
@@ -27,12 +36,18 @@ def line(show: session.Show, run: Run | None) -> str:
     if state == "queued":
         ahead = max(show.handle.position, 1)
         others = "1 request" if ahead == 1 else f"{ahead} requests"
-        return f":orange-badge[Queued] {others} before yours; it starts by itself."
+        wait = _about(show.handle.expected_seconds)
+        return f":orange-badge[Queued] {others} before yours{wait}; it starts by itself."
     if run is None or show.request is None or state == "prefill":
         return ":blue-badge[Reading] the prompt"
     written = len(run.tracks[0].token_ids) - run.tracks[0].n_prompt
     limit = show.request.sampling.max_new_tokens
-    return f":blue-badge[Writing] token {written} of at most {limit}{_speed(run)}"
+    return f":blue-badge[Writing] token {written} of at most {limit}{_speed(run)}{_hits(run)}"
+
+
+def explanation(run: Run | None) -> str | None:
+    """Returns what the line's figures mean, as Markdown; None if they speak for themselves."""
+    return _HITS if run is not None and frames.guesses(run)[0] else None
 
 
 def _finished(show: session.Show, run: Run | None) -> str:
@@ -43,13 +58,33 @@ def _finished(show: session.Show, run: Run | None) -> str:
         badge = f":gray-badge[From a file] {plain(run.header.model_id)}:"
     track = run.tracks[0]
     written = len(track.token_ids) - track.n_prompt
-    ending = _ENDINGS.get(track.finish_reason or "", "not finished")
-    return f"{badge} {written} new tokens, {ending}{_speed(run)}"
+    return f"{badge} {written} new tokens, {_ending(run)}{_speed(run)}{_hits(run)}"
+
+
+def _ending(run: Run) -> str:
+    reason = run.tracks[0].finish_reason or ""
+    if reason == "time":
+        return f"stopped after {frames.seconds(run, 0):.0f} s (time limit)"
+    return _ENDINGS.get(reason, "not finished")
+
+
+def _about(seconds: float | None) -> str:
+    """Returns an expected wait in words; nothing while it is not known."""
+    if seconds is None:
+        return ""
+    if seconds < 90:
+        return f", about {max(math.ceil(seconds), 1)} s"
+    return f", about {seconds / 60:.0f} minutes"
 
 
 def _speed(run: Run) -> str:
-    """Returns the speed of the first arm; the arms take turns on one engine."""
+    """Returns the speed of the first arm; the arms share the engine."""
     speed = frames.tokens_per_second(run, 0)
-    turns = len(run.tracks)
-    shared = f" ({turns} arms take turns)" if turns > 1 else ""
+    n_arms = len(run.tracks)
+    shared = f" ({n_arms} arms side by side)" if n_arms > 1 else ""
     return f" · {speed:.1f} tokens/s{shared}" if speed else ""
+
+
+def _hits(run: Run) -> str:
+    n_guessed, n_hit = frames.guesses(run)
+    return f" · prefetch hits {n_hit / n_guessed:.0%}" if n_guessed else ""

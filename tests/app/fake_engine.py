@@ -11,13 +11,21 @@ import re
 import threading
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from app.engine_client import EngineClient, ModelCard
-from xlora_core import AdapterOverride, Arm, RoutingKnobs, Run, SamplingParams, XLoraConfig
+from xlora_core import (
+    AdapterOverride,
+    Arm,
+    EngineLimits,
+    RoutingKnobs,
+    Run,
+    SamplingParams,
+    XLoraConfig,
+)
 from xlora_core.errors import ConfigError, PromptError, QueueFullError, XLoraError
 from xlora_core.recording import RunHeader, RunRecorder, TrackRecorder
 
@@ -68,6 +76,8 @@ class Fake:
     overrides: tuple[AdapterOverride, ...] = ()
     fails_after: int | None = None
     waits_for: threading.Event | None = None
+    expected_seconds: float | None = None
+    limits: EngineLimits = field(default_factory=EngineLimits)
 
     @property
     def layer_names(self) -> list[str]:
@@ -84,10 +94,15 @@ class FakeHandle:
         self.cancelled = threading.Event()
         self.ended = threading.Event()
         self.knobs = [arm.knobs for arm in arms]
+        self.client: str | None = None
 
     @property
     def position(self) -> int:
         return self.engine.position(self)
+
+    @property
+    def expected_seconds(self) -> float | None:
+        return self.engine.fake.expected_seconds
 
     @property
     def version(self) -> int:
@@ -132,6 +147,8 @@ class FakeEngine:
         prompt: str | list[dict[str, str]],
         arms: Sequence[Arm] = (Arm.routed(),),
         sampling: SamplingParams | None = None,
+        *,
+        client: str | None = None,
         **_: Any,
     ) -> FakeHandle:
         sampling = sampling or SamplingParams()
@@ -168,6 +185,7 @@ class FakeEngine:
         answers = [self._answer(arm, question)[: sampling.max_new_tokens] for arm in arms]
         work = (pieces, answers, recorders, sampling)
         handle = FakeHandle(self, RunRecorder(header, recorders), work, list(arms))
+        handle.client = client
         with self._changed:
             if len(self._queue) > self.fake.max_queue:
                 raise QueueFullError("the queue is full", hint="try again in a minute")
@@ -267,6 +285,7 @@ class FakeEngine:
                 )
                 if handle.arms[index].kind == "routed":
                     self._route(handle, len(prompt) + n, answer[n : n + 1])
+                    recorder.count_guess(hit=n % 4 != 3)
                 if n == len(answer) - 1:
                     recorder.finish("length")
             if handle.cancelled.is_set():
@@ -301,6 +320,7 @@ def fake_client(fake: Fake | None = None) -> EngineClient:
         dtype="float32",
         context_length=fake.context_length,
         config=config,
+        limits=fake.limits,
         knobs=RoutingKnobs(overrides=fake.overrides),
     )
     return EngineClient(FakeEngine(fake), card)

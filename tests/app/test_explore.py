@@ -12,7 +12,7 @@ from app import actions, engine_client, presets, session
 from app.components.heatmap import payload
 from app.panels import messages
 from tests.app.fake_engine import ADAPTERS
-from xlora_core import RoutingKnobs
+from xlora_core import EngineLimits, RoutingKnobs
 from xlora_core.errors import CheckpointError, RunFileError
 
 TOP_K = session.knob_top_k(len(ADAPTERS))
@@ -249,11 +249,51 @@ def test_waiting_says_how_many_are_before(open_app):
     client.engine.submit("salt")
     at.text_area(key=session.PROMPT).set_value("salt")
     press(at, "Generate")
-    assert any("1 request before yours" in m.value for m in at.markdown)
+    assert any("1 request before yours; it starts" in m.value for m in at.markdown)
     press(at, "Stop")
     at.run()
     assert any("before it started" in m.value for m in at.markdown)
     gate.set()
+
+
+def test_waiting_says_about_how_long(open_app):
+    gate = threading.Event()
+    at = open_app(waits_for=gate, expected_seconds=11.2)
+    engine_client.shared_client().engine.submit("salt")
+    at.text_area(key=session.PROMPT).set_value("salt")
+    press(at, "Generate")
+    assert any("1 request before yours, about 12 s; it starts" in m.value for m in at.markdown)
+    gate.set()
+
+
+def test_prefetch_hits_are_shown_and_explained(open_app):
+    at = generate(open_app())
+    [line] = [m for m in at.markdown if "prefetch hits" in m.value]
+    track = shown(at).run.tracks[0]
+    assert f"prefetch hits {track.n_hit / track.n_guessed:.0%}" in line.value
+    assert "one run over the model's weights instead of two" in line.help
+
+
+def test_each_visitor_is_a_client_of_its_own(open_app):
+    gate = threading.Event()
+    clients = []
+    for _ in range(2):
+        at = open_app(waits_for=gate)
+        at.text_area(key=session.PROMPT).set_value("salt")
+        press(at, "Generate")
+        clients.append(shown(at).handle.client)
+    gate.set()
+    assert all(clients)
+    assert clients[0] != clients[1]
+
+
+def test_no_more_tokens_can_be_asked_for_than_are_allowed(open_app):
+    at = open_app(limits=EngineLimits(max_new_tokens=40))
+    box = at.number_input(key=session.MAX_NEW_TOKENS)
+    assert (box.max, box.value) == (40, 40)
+    at = open_app()
+    box = at.number_input(key=session.MAX_NEW_TOKENS)
+    assert (box.max, box.value) == (4096, 96)
 
 
 def test_a_broken_run_file_changes_nothing(open_app):

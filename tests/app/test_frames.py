@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -145,10 +147,25 @@ def test_speed_counts_from_the_first_new_token():
     assert frames.tokens_per_second(runs.run(answer=[" x"]), 0) is None
 
 
+def test_guesses_are_summed_over_the_arms():
+    run = runs.run(other=[" x"])
+    assert frames.guesses(run) == (0, 0)
+    guessed = replace(run.tracks[0], n_guessed=4, n_hit=3)
+    run = replace(run, tracks=[guessed, replace(guessed, n_hit=2), run.tracks[1]])
+    assert frames.guesses(run) == (8, 5)
+    assert frames.arm_table(run)["hit_rate"].tolist()[:2] == [0.75, 0.5]
+
+
+def test_seconds_are_those_of_the_last_new_token():
+    assert frames.seconds(runs.run(), 0) == pytest.approx(0.3)
+    assert frames.seconds(runs.run(answer=[]), 0) == 0
+
+
 def test_arm_titles_and_table():
     run = runs.run(other=[" x"])
     table = frames.arm_table(run)
     assert table["arm"].tolist() == ["Routed (X-LoRA)", "Merged (uniform 1/K)"]
     assert table["tokens"].tolist() == [3, 1]
+    assert table["hit_rate"].isna().all()
     assert frames.arm_title(Arm.expert("math")) == "Expert math alone"
     assert frames.routed_arm(run) == 0

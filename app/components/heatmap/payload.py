@@ -138,6 +138,7 @@ def _arm(run: Run, index: int, reference: int | None) -> dict[str, Any]:
         "base_probability": _rounded(np.exp(track.base_logprob[track.n_prompt :])),
         "tokens_per_second": frames.tokens_per_second(run, index),
         "finish_reason": track.finish_reason,
+        "seconds": frames.seconds(run, index),
         "first_difference": (
             frames.first_difference(run, index, reference or 0) if compared else None
         ),

@@ -96,7 +96,11 @@ class Texts {
   facts(arm, n, header) {
     const facts = [`${n} tokens`];
     if (arm.tokens_per_second) facts.push(`${arm.tokens_per_second.toFixed(1)} tokens/s`);
-    if (arm.finish_reason) facts.push(FINISH[arm.finish_reason] ?? arm.finish_reason);
+    if (arm.finish_reason === "time") {
+      facts.push(`stopped after ${arm.seconds.toFixed(0)} s (time limit)`);
+    } else if (arm.finish_reason) {
+      facts.push(FINISH[arm.finish_reason] ?? arm.finish_reason);
+    }
     if (arm.first_difference !== null && arm.first_difference !== undefined) {
       facts.push(`first difference at token ${arm.first_difference + 1}`);
     }
