@@ -16,6 +16,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,13 @@ if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_WORKER = "mistral_rs_worker.py"
 # One token each in the demo's vocabulary.
 WORDS = ("The", "Once", "def", "Water")
 METHOD = (
     "Decoded tokens a second after a prompt of one token, greedy, batch 1. routed: our engine; "
-    "mistral.rs: its X-LoRA with cached passes, from its own clock. Both run the same checkpoint; "
+    "mistral.rs: its X-LoRA with cached passes, from its own clock; its base: the same without "
+    "X-LoRA. Both run the same checkpoint; "
     "same text: whether they wrote the same. The sides take turns, the quietest round counts."
 )
 
@@ -53,6 +56,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--python", metavar="FILE", help="interpreter that has mistralrs")
     parser.add_argument("--tokens", type=int, default=16, help="tokens a prompt (default: 16)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default: 2)")
+    parser.add_argument(
+        "--with-base",
+        action="store_true",
+        help="also time mistral.rs on the plain base model, without X-LoRA",
+    )
     args = parser.parse_args(argv)
     with TemporaryDirectory() as folder:
         settings = prepare(
@@ -62,8 +70,12 @@ def main(argv: Sequence[str]) -> None:
             dtype=args.dtype or "float32",
         )
         try:
-            with OtherProgram("mistral_rs_worker.py", settings, python=args.python) as other:
-                show(_measure(args, other), args, argv)
+            with ExitStack() as stack:
+                others = [
+                    stack.enter_context(OtherProgram(_WORKER, some, python=args.python))
+                    for some in _programs(settings, with_base=args.with_base)
+                ]
+                show(_measure(args, *others), args, argv)
         except OtherProgramError as error:
             fail(
                 f"mistral.rs does not run: {error}",
@@ -71,16 +83,25 @@ def main(argv: Sequence[str]) -> None:
             )
 
 
-def _measure(args: argparse.Namespace, other: OtherProgram) -> Report:
+def _programs(settings: dict[str, Any], *, with_base: bool) -> list[dict[str, Any]]:
+    """Returns the settings of every process: X-LoRA, and the base model if that is wanted."""
+    of_base = {name: settings[name] for name in ("model", "dtype")}
+    return [settings, of_base] if with_base else [settings]
+
+
+def _measure(args: argparse.Namespace, *others: OtherProgram) -> Report:
     model, tokenizer = options.load(args)
     with Engine(model, tokenizer) as engine:
-        return measure(model, engine, other, words=WORDS, n_tokens=args.tokens, rounds=args.rounds)
+        return measure(
+            model, engine, *others, words=WORDS, n_tokens=args.tokens, rounds=args.rounds
+        )
 
 
 def measure(
     model: XLoraModel,
     engine: Engine,
     other: OtherProgram,
+    of_base: OtherProgram | None = None,
     *,
     words: Sequence[str],
     n_tokens: int,
@@ -92,6 +113,7 @@ def measure(
         model: The X-LoRA model.
         engine: An engine over it.
         other: mistral.rs over the same checkpoint.
+        of_base: mistral.rs over the base model alone.
         words: The prompts.
         n_tokens: Tokens decoded after each.
         rounds: How often each side has its turn.
@@ -100,13 +122,13 @@ def measure(
     samples: list[dict[str, Sample]] = []
     for word in words:
         texts: list[str] = []
-        of = take_turns(
-            {
-                "routed": engine_side(engine, word, [Arm.routed()], n_tokens),
-                "mistral.rs": _side(other, word, n_tokens, texts),
-            },
-            rounds,
-        )
+        sides = {
+            "routed": engine_side(engine, word, [Arm.routed()], n_tokens),
+            "mistral.rs": _side(other, word, n_tokens, texts),
+        }
+        if of_base is not None:
+            sides["its base"] = _side(of_base, word, n_tokens, [])
+        of = take_turns(sides, rounds)
         samples.append(of)
         ours = engine.run(word, sampling=SamplingParams(max_new_tokens=n_tokens)).text()
         rows.append({"prompt": word} | _row(of) | {"same text": _same(ours, texts[0])})
@@ -158,7 +180,7 @@ def prepare(folder: Path, *, base: Path, checkpoint: Path, dtype: str) -> dict[s
     model.mkdir()
     adapters.mkdir()
     command = ["convert", str(checkpoint), str(original), "--to", "original", "--base", str(base)]
-    if xlora([*command, "--json"]):
+    if xlora(command):
         raise SystemExit(2)  # it has said why
     _write_base(base, model, getattr(torch, dtype))
     config = json.loads((original / "xlora_config.json").read_text(encoding="utf-8"))

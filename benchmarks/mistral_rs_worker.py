@@ -1,7 +1,7 @@
 """Runs mistral.rs; a script of its own, for an interpreter that has nothing else installed.
 
-Reads JSON lines, first ``{"model", "adapters", "order", "dtype"}``, then ``{"prompt",
-"max_tokens"}``, and answers each with a line.
+Reads JSON lines, first ``{"model", "adapters", "order", "dtype"}`` (without the adapters it runs
+the plain base model), then ``{"prompt", "max_tokens"}``, and answers each with a line.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ def main() -> None:
     import mistralrs
 
     settings = json.loads(sys.stdin.readline())
-    runner = mistralrs.Runner(
-        which=mistralrs.Which.XLora(
-            xlora_model_id=settings["adapters"],
-            order=settings["order"],
-            model_id=settings["model"],
-            arch=mistralrs.Architecture.Llama,
-            dtype=getattr(mistralrs.ModelDType, settings["dtype"]),
-        ),
-        max_seqs=1,
-    )
+    model = {
+        "model_id": settings["model"],
+        "arch": mistralrs.Architecture.Llama,
+        "dtype": getattr(mistralrs.ModelDType, settings["dtype"]),
+    }
+    if "adapters" in settings:
+        which = mistralrs.Which.XLora(
+            xlora_model_id=settings["adapters"], order=settings["order"], **model
+        )
+    else:
+        which = mistralrs.Which.Plain(**model)
+    runner = mistralrs.Runner(which=which, max_seqs=1)
     _answer({"version": version("mistralrs")})
     for line in sys.stdin:
         question = json.loads(line)
