@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import SafetensorError
 
-from xlora_core.errors import CheckpointError, ConfigError
+from xlora_core.errors import CheckpointError
+from xlora_core.placement import Device, device_map, main_device, weights_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -24,7 +24,7 @@ def load_base_folder(
     folder: str | Path,
     *,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    device: Device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns the causal language model of a folder, ready to generate, and its tokenizer.
 
@@ -33,18 +33,21 @@ def load_base_folder(
     Args:
         folder: Folder with ``config.json``, ``*.safetensors`` and a tokenizer; or a hub name such
             as ``org/model`` that is in the local Hugging Face cache.
-        dtype: ``float32``, ``bfloat16`` or ``float16``; None is float32 on a CPU, and the
-            checkpoint's own type elsewhere.
-        device: Where the weights go; None is ``cuda`` if there is one, else ``cpu``.
+        dtype: ``float32``, ``bfloat16`` or ``float16``; None and ``auto`` are float32 on a CPU
+            and bfloat16 on a CUDA device (float16 if the files are; float32 if the device is too
+            old for bfloat16).
+        device: Where the weights go; None is ``cuda`` if there is one, else ``cpu``. ``auto``
+            spreads them over all CUDA devices, what does not fit over memory and disk; a mapping
+            of module paths to devices is a ``device_map`` of Hugging Face's.
 
     Raises:
         CheckpointError: If the folder is missing, is not a base model, has only pickled weights,
             or does not hold all of the model's weights.
-        ConfigError: If dtype or device is unknown.
+        ConfigError: If dtype or device is unknown, or accelerate is missing and needed.
     """
-    place = _device(device)
-    weights_dtype = _dtype(dtype, place)
+    place, spread = main_device(device), device_map(device)
     folder = local_folder(folder)
+    kind = weights_dtype(dtype, place, folder)
     _check_folder(folder)
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,7 +56,8 @@ def load_base_folder(
         # Any: transformers' annotation does not know the pair that output_loading_info returns.
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=weights_dtype,
+            dtype=kind,
+            device_map=spread,
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
@@ -68,33 +72,8 @@ def load_base_folder(
     _check_complete(folder, loading)
     if tokenizer.pad_token is None:  # GPT-2 and others have none; padding is masked anyway
         tokenizer.pad_token = tokenizer.eos_token
-    return model.eval().to(place), tokenizer
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ConfigError(f"device must be one such as cpu or cuda:0, got {device!r}") from error
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(
-            f"device {device!s} does not exist: PyTorch sees {torch.cuda.device_count()} CUDA "
-            "devices",
-            hint="use device='cpu', or install a CUDA build of PyTorch",
-        )
-    return place
-
-
-def _dtype(dtype: str | torch.dtype | None, place: torch.device) -> str | torch.dtype:
-    if dtype is None:
-        return torch.float32 if place.type == "cpu" else "auto"
-    if isinstance(dtype, torch.dtype):
-        return dtype
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return DTYPES[dtype]
+    model.eval()
+    return model if spread else model.to(place), tokenizer
 
 
 def local_folder(name: str | Path) -> Path:

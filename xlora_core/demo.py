@@ -23,6 +23,7 @@ from xlora_core.base_model import load_base_folder, local_folder
 from xlora_core.config import XLoraConfig
 from xlora_core.errors import CheckpointError, ConfigError
 from xlora_core.model import XLoraModel
+from xlora_core.placement import Device
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,7 +44,7 @@ def load_model(
     *,
     checkpoint: str | Path | None = None,
     adapters: Mapping[str, str | Path] | None = None,
-    device: str | torch.device | None = None,
+    device: Device | None = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[XLoraModel, PreTrainedTokenizerBase]:
     """Returns an X-LoRA model, in evaluation mode, and its tokenizer.
@@ -53,8 +54,10 @@ def load_model(
         checkpoint: X-LoRA checkpoint folder; the demo brings its own.
         adapters: Adapter name -> LoRA folder. With a checkpoint (the demo's too, if the names are
             its own) they replace its experts; without one they get a fresh classifier.
-        device: Where the model goes; None is ``cuda`` if there is one, else ``cpu``.
-        dtype: Type of the base weights; None is float32 on a CPU, the files' own elsewhere.
+        device: Where the model goes; None is ``cuda`` if there is one, else ``cpu``; ``auto`` is
+            all CUDA devices and, for what does not fit, memory and disk.
+        dtype: Type of the base weights and experts; None or ``auto`` is float32 on a CPU,
+            bfloat16 on a CUDA device. The router is in float32 whatever it is.
 
     Raises:
         CheckpointError: If base or checkpoint cannot be read.
@@ -82,13 +85,13 @@ def load_model(
 def load_base(
     base: str | Path = DEMO,
     dtype: str | torch.dtype | None = None,
-    device: str | torch.device | None = None,
+    device: Device | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Returns a plain base model and its tokenizer; arguments as of ``load_model``.
 
     Raises:
         CheckpointError: If the base model cannot be read.
-        ConfigError: If dtype or device is unknown.
+        ConfigError: If dtype or device is unknown, or accelerate is missing and needed.
     """
     folder = demo_base_folder() if base == DEMO else base
     return load_base_folder(folder, dtype=dtype, device=device)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from xlora_core.config import AdapterOverride, RoutingKnobs
 from xlora_core.errors import ConfigError
+from xlora_core.startup import without_collector
 
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
@@ -67,9 +68,22 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="a LoRA expert, repeat for more: without --checkpoint they get a fresh, untrained "
         "router; with it they replace the checkpoint's experts of those names",
     )
-    group.add_argument("--device", help="such as cpu or cuda:0 (default: cuda if there is one)")
     group.add_argument(
-        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the base model's weights"
+        "--device",
+        help="such as cpu or cuda:0 (default: cuda if there is one); auto spreads a model that is "
+        "too large for one GPU over all of them, and the rest over memory and disk",
+    )
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16", "float16"),
+        help="of the base model's weights (default: auto, float32 on a CPU, bfloat16 on a GPU)",
+    )
+    group.add_argument(
+        "--threads",
+        type=int,
+        metavar="N",
+        help="most threads that compute on the CPU (default: OMP_NUM_THREADS, or one per core "
+        "that this process may use)",
     )
 
 
@@ -139,18 +153,21 @@ def load(args: argparse.Namespace) -> tuple[XLoraModel, PreTrainedTokenizerBase]
         XLoraError: If they cannot be loaded.
     """
     adapters = named_values(args.adapter, option="--adapter", example="--adapter math=loras/math")
-    from transformers.utils import logging
+    with without_collector():
+        from transformers.utils import logging
 
-    from xlora_core.demo import load_model
+        from xlora_core.demo import load_model
+        from xlora_core.threads import set_threads
 
-    logging.disable_progress_bar()  # a command's stderr is for what the user has to know
-    return load_model(
-        args.model,
-        checkpoint=args.checkpoint,
-        adapters=adapters or None,
-        device=args.device,
-        dtype=args.dtype,
-    )
+        set_threads(args.threads)
+        logging.disable_progress_bar()  # a command's stderr is for what the user has to know
+        return load_model(
+            args.model,
+            checkpoint=args.checkpoint,
+            adapters=adapters or None,
+            device=args.device,
+            dtype=args.dtype,
+        )
 
 
 def named_values(items: Sequence[str], *, option: str, example: str) -> dict[str, str]:

@@ -1,0 +1,55 @@
+"""What a program does as it starts: little, quickly, and only what it needs."""
+
+from __future__ import annotations
+
+import gc
+import json
+import subprocess
+import sys
+
+import pytest
+
+from xlora_core.startup import without_collector
+
+HEAVY = ("torch", "transformers", "pandas", "pyarrow", "peft", "streamlit", "plotly")
+
+
+def imported_by(statement: str) -> set[str]:
+    """Returns which heavy packages a fresh process has after a statement."""
+    program = f"import json, sys\n{statement}\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    return set(json.loads(done.stdout)) & set(HEAVY)
+
+
+def test_the_collector_rests_and_comes_back() -> None:
+    assert gc.isenabled()
+    with without_collector():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+def test_the_collector_comes_back_after_a_failure() -> None:
+    with pytest.raises(KeyError), without_collector():
+        raise KeyError
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with without_collector():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+def test_commands_are_parsed_without_pytorch() -> None:
+    assert imported_by("import xlora_core.cli.main, xlora_core.startup") == set()
+
+
+def test_generating_needs_no_tables() -> None:
+    statement = "import xlora_core.demo, xlora_core.engine"
+    assert imported_by(statement) == {"torch", "transformers"}
