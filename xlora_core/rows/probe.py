@@ -17,7 +17,7 @@ from xlora_core.rows.reader import RowReader
 
 # Largest part of the logits' size that rounding explains; some architectures compute parts in
 # float32 always. A wrong mask or position is of the size of the logits themselves.
-TOLERANCES = {torch.float64: 1e-6, torch.float32: 3e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 # Made-up keys and values that may be held for the length of the probe, in bytes.
 _MAX_BYTES = 2**28
 _SHORT_PAST, _PAST = 2, 7
@@ -25,9 +25,10 @@ _N_ADAPTED, _N_PLAIN = 6, 3
 
 
 class Probe:
-    """A few random tokens after made-up keys and values, and what the model makes of them.
+    """A few random tokens after a made-up past, and what the model makes of them.
 
-    The pasts differ in length, the longer one is longer than the model's window if there is one.
+    The pasts differ in length; the longer one reaches beyond the model's windows. Reading so much
+    would take long: they are the keys and values of a few tokens, over and over.
 
     Args:
         model: The model; it is only called.
@@ -39,29 +40,30 @@ class Probe:
         self._generator = torch.Generator().manual_seed(0)
         longest = min(model.context_length - _N_ADAPTED, _MAX_BYTES // empty.bytes_per_token)
         self._starts = (_SHORT_PAST, min(_past(model), longest))
-        self._pasts = [self._made_up(empty, n) for n in self._starts]
-        vocabulary = model.base_model.get_input_embeddings().num_embeddings
-        self._tokens = [
-            torch.randint(vocabulary, (n,), generator=self._generator).to(model.device)
-            for n in (_N_ADAPTED, _N_PLAIN)
-        ]
+        self._tokens = [self._random_tokens(n) for n in (_N_ADAPTED, _N_PLAIN)]
+        few = self._keys_and_values(self._random_tokens(_PAST))
+        self._pasts = [[_over_and_over(pair, n) for pair in few] for n in self._starts]
         shape = (_N_ADAPTED, len(model.lora_layer_names), len(model.adapter_names))
-        self._scalings = torch.rand(shape, generator=self._generator).to(model.device)
+        mixture = torch.rand(shape, generator=self._generator)
+        self._scalings = (mixture / mixture.sum(-1, keepdim=True)).to(model.device)
         self._expected = [
             self._own_logits(0, self._scalings[None]),
             self._own_logits(1, None),
         ]
 
-    def _made_up(self, empty: RowCache, n_tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """Returns keys and values ``[1, heads, n_tokens, size]`` of every block."""
-        made_up = []
-        for kept in zip(empty.keys, empty.values, strict=True):
-            keys, values = (
-                torch.randn(1, t.shape[1], n_tokens, t.shape[3], generator=self._generator).to(t)
-                for t in kept
-            )
-            made_up.append((keys, values))
-        return made_up
+    def _random_tokens(self, n: int) -> Tensor:
+        """Returns random token ids ``[n]``."""
+        vocabulary = self._model.base_model.get_input_embeddings().num_embeddings
+        return torch.randint(vocabulary, (n,), generator=self._generator).to(self._model.device)
+
+    def _keys_and_values(self, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Returns what every block keeps of some tokens, ``[1, heads, n, size]`` each."""
+        # Without a config it keeps all of them, whatever the window.
+        cache = DynamicCache()
+        self._model.main_pass(
+            scalings=None, input_ids=tokens[None], past_key_values=cache, use_cache=True
+        )
+        return [(keys, values) for keys, values, _ in cache]
 
     def _own_logits(self, text: int, scalings: Tensor | None) -> Tensor:
         """Returns the model's logits ``[n, V]`` of a text, in one ordinary call."""
@@ -138,6 +140,12 @@ class Probe:
         )
         logits = reader.logits(reader.read(batch))
         return list(logits.split([segment.n for segment in segments]))
+
+
+def _over_and_over(pair: tuple[Tensor, Tensor], n: int) -> tuple[Tensor, Tensor]:
+    """Returns keys and values as of n tokens, made of those of a few."""
+    places = torch.arange(n, device=pair[0].device) % pair[0].shape[2]
+    return pair[0][:, :, places], pair[1][:, :, places]
 
 
 def _past(model: XLoraModel) -> int:
