@@ -24,6 +24,7 @@ from xlora_core.engine.row_runner import RowRunner
 from xlora_core.engine.runner import Runner
 from xlora_core.engine.scheduler import Scheduler
 from xlora_core.engine.serving import check_serves, checked_arms, stop_token_ids
+from xlora_core.engine.step_threads import StepThreads
 from xlora_core.engine.turns import TurnRunner
 from xlora_core.engine.watchdog import Watchdog
 from xlora_core.errors import EngineError
@@ -110,6 +111,7 @@ class Engine:
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._identity = ModelIdentity(model, model_id)
         self._overlap = Overlap(overlap, n_guesses)
+        self._threads = StepThreads.of(model)
         self._scheduler = Scheduler(
             self._runner(batched=batched),
             tokenizer,
@@ -333,7 +335,8 @@ class Engine:
             request.announce_position(position, seconds)
 
     def _runner(self, *, batched: bool) -> Runner:
-        reader = opening.open_rows(self._model) if batched else None
+        with self._threads.running():  # whether a reader is right is tried with steps
+            reader = opening.open_rows(self._model) if batched else None
         if reader is None:
             return TurnRunner(self._model)
         return RowRunner(self._model, reader, self._overlap)
@@ -355,7 +358,7 @@ class Engine:
     def _work(self) -> None:
         with torch.inference_mode():
             while self._admit():
-                with self._watchdog.step():
+                with self._watchdog.step(), self._threads.running():
                     self._scheduler.round()
 
     def _admit(self) -> bool:
