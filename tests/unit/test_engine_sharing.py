@@ -10,8 +10,17 @@ import pytest
 from tests.pacer import Pacer
 from tests.tiny_chat import tiny_chat_xlora, tiny_tokenizer
 from xlora_core import Arm, EngineLimits, Run, SamplingParams
-from xlora_core.engine import ArmFinished, Engine, Failed, Queued, RequestHandle
+from xlora_core.engine import (
+    ArmFinished,
+    Engine,
+    Failed,
+    Queued,
+    RequestHandle,
+    TokenEvent,
+    active,
+)
 from xlora_core.engine.admission import Admission
+from xlora_core.engine.row_runner import RowRunner
 from xlora_core.errors import ConfigError, EngineError, PromptError, QueueFullError
 from xlora_core.model import XLoraModel
 
@@ -124,6 +133,40 @@ def test_a_request_waits_for_memory_though_there_are_places(
         for handle in (first, second, small):
             assert handle.wait(PATIENCE).tracks[0].finish_reason == "length"
         assert engine._scheduler._books.used_bytes == 0
+
+
+def out_of_memory(*_: object, **__: object) -> None:
+    raise MemoryError
+
+
+def test_a_cache_that_cannot_grow_fails_the_newcomer_alone(
+    model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(model, TOKENIZER) as engine:
+        runner = engine._scheduler._runner
+        assert isinstance(runner, RowRunner)
+        cache = runner._reader.cache
+        running = engine.submit(PROMPT, sampling=LONG)
+        next(event for event in running.events() if isinstance(event, TokenEvent))
+        with monkeypatch.context() as patch:
+            patch.setattr(cache, "grow", out_of_memory)
+            with pytest.raises(EngineError, match="ran out of memory with this request") as caught:
+                engine.run(PROMPT, sampling=SHORT)
+        assert "compare fewer arms" in caught.value.hint
+        assert running.wait(PATIENCE).tracks[0].finish_reason == "length"
+        assert engine.run(PROMPT, sampling=SHORT).tracks[0].finish_reason == "length"
+        assert (engine._scheduler._books.used_bytes, cache.n_rows) == (0, 0)
+
+
+def test_a_record_that_cannot_be_opened_fails_its_request_alone(
+    model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine(model, TOKENIZER) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(active, "TrackRecorder", out_of_memory)
+            with pytest.raises(EngineError, match="ran out of memory with this request"):
+                engine.run(PROMPT, sampling=SHORT)
+        assert engine.run(PROMPT, sampling=SHORT).tracks[0].finish_reason == "length"
 
 
 def test_memory_must_be_a_number_of_bytes(model: XLoraModel) -> None:
