@@ -298,11 +298,9 @@ class Engine:
     def _default_sampling(self) -> SamplingParams:
         """Returns the usual sampling, within the engine's limits."""
         usual, most = SamplingParams(), self._limits.max_new_tokens
-        return (
-            usual
-            if most is None
-            else replace(usual, max_new_tokens=min(usual.max_new_tokens, most))
-        )
+        if most is None:
+            return usual
+        return replace(usual, max_new_tokens=min(usual.max_new_tokens, most))
 
     def _position(self, request: Request) -> int:
         with self._changed:
@@ -310,8 +308,10 @@ class Engine:
 
     def _expected_seconds(self, request: Request) -> float | None:
         with self._changed:
-            place = self._queue.position(request)
-            return self._waits(list(self._queue)[:place])[-1] if place else 0.0
+            waiting = list(self._queue)
+            if request not in waiting:
+                return 0.0
+            return self._waits(waiting)[waiting.index(request)]
 
     def _waits(self, waiting: Sequence[Request]) -> list[float | None]:
         """Returns when each of the first requests in the queue will start."""
