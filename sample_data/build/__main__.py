@@ -1,0 +1,7 @@
+"""``python -m sample_data.build``."""
+
+import sys
+
+from sample_data.build.command import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""One module a domain, each with ``rows``: unpacked packages -> rows, in a fixed order."""
