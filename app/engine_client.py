@@ -13,9 +13,10 @@ import streamlit as st
 from app import sharing
 from xlora_core import Arm, EngineLimits, RoutingKnobs, SamplingParams, XLoraConfig
 from xlora_core.errors import ConfigError
+from xlora_core.startup import without_collector
 
 if TYPE_CHECKING:
-    from xlora_core import Engine
+    from xlora_core import Engine, XLoraModel
     from xlora_core.engine import RequestHandle
 
 Prompt = str | list[dict[str, str]]
@@ -29,7 +30,7 @@ class ModelCard:
         model_id: The base model's name.
         adapter_names: In the model's order.
         n_modules: Number L of adapted modules.
-        device: Such as ``"cpu"`` or ``"cuda:0"``.
+        device: Such as ``"cpu"``, ``"cuda:0"`` or ``"cuda:0, cpu"``.
         dtype: Such as ``"float32"``.
         context_length: Most tokens of prompt and response together.
         config: The X-LoRA settings.
@@ -81,7 +82,8 @@ def settings_from(environ: Mapping[str, str]) -> dict[str, Any]:
     """Returns the arguments of ``load_model`` that the environment asks for.
 
     ``XLORA_APP_MODEL`` (default ``demo``), ``XLORA_APP_CHECKPOINT``, ``XLORA_APP_ADAPTERS``
-    (``name=folder,name=folder``), ``XLORA_APP_DEVICE``, ``XLORA_APP_DTYPE``.
+    (``name=folder,name=folder``), ``XLORA_APP_DEVICE`` and ``XLORA_APP_DTYPE`` (either may be
+    ``auto``).
 
     Raises:
         ConfigError: If ``XLORA_APP_ADAPTERS`` is not of that form.
@@ -110,12 +112,38 @@ def settings_from(environ: Mapping[str, str]) -> dict[str, Any]:
     return settings
 
 
-def open_engine() -> EngineClient:
-    """Loads the model that the environment names, and starts its engine."""
-    from xlora_core import Engine, load_model
+def threads_from(environ: Mapping[str, str]) -> int | None:
+    """Returns how many threads ``XLORA_APP_THREADS`` allows on the CPU; None if it says nothing.
 
-    settings = settings_from(os.environ)
+    Raises:
+        ConfigError: If it is no whole number.
+    """
+    given = environ.get("XLORA_APP_THREADS", "").strip()
+    if given and not given.isdecimal():
+        raise ConfigError(
+            f"XLORA_APP_THREADS must be a whole number, got {given!r}",
+            hint="leave it out for one thread per core",
+        )
+    return int(given) if given else None
+
+
+def open_engine() -> EngineClient:
+    """Loads the model that the environment names, and starts its engine.
+
+    Raises:
+        XLoraError: If the environment holds what cannot be, or the model cannot be loaded.
+    """
+    with without_collector():
+        return _open_engine()
+
+
+def _open_engine() -> EngineClient:
+    settings, n_threads = settings_from(os.environ), threads_from(os.environ)
     shared = sharing.settings_from(os.environ)
+    from xlora_core import Engine, load_model
+    from xlora_core.threads import set_threads
+
+    set_threads(n_threads)
     base = settings.pop("base")
     model, tokenizer = load_model(base, **settings)
     name = model_name(base, getattr(model.config, "_name_or_path", ""))
@@ -124,7 +152,7 @@ def open_engine() -> EngineClient:
         model_id=name,
         adapter_names=tuple(model.adapter_names),
         n_modules=len(model.lora_layer_names),
-        device=str(model.device),
+        device=device_names(model),
         dtype=str(parameter.dtype).removeprefix("torch."),
         context_length=model.context_length,
         config=model.config_xlora,
@@ -132,6 +160,13 @@ def open_engine() -> EngineClient:
         limits=shared["limits"],
     )
     return EngineClient(Engine(model, tokenizer, model_id=name, **shared), card)
+
+
+def device_names(model: XLoraModel) -> str:
+    """Returns where a model is: ``cuda:0``, or ``cuda:0, cuda:1, cpu`` if it is spread."""
+    spread = getattr(model, "hf_device_map", None) or {"": model.device}
+    names = (f"cuda:{place}" if isinstance(place, int) else str(place) for place in spread.values())
+    return ", ".join(dict.fromkeys(names))
 
 
 def model_name(base: str, path: str) -> str:

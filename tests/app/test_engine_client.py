@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -75,3 +76,29 @@ def test_only_the_session_module_names_session_keys():
     for path in (ROOT / "app").rglob("*.py"):
         if path.name != "session.py":
             assert "session_state" not in path.read_text(), path
+
+
+def test_threads_come_from_the_environment():
+    assert engine_client.threads_from({}) is None
+    assert engine_client.threads_from({"XLORA_APP_THREADS": " "}) is None
+    assert engine_client.threads_from({"XLORA_APP_THREADS": "2"}) == 2
+    for wrong in ("-1", "two", "1.5"):
+        with pytest.raises(ConfigError, match=f"THREADS must be a whole number, got '{wrong}'"):
+            engine_client.threads_from({"XLORA_APP_THREADS": wrong})
+
+
+@pytest.mark.parametrize(
+    ("spread", "names"),
+    [
+        (None, "cuda:0"),
+        ({"": 0}, "cuda:0"),
+        (
+            {"model.embed_tokens": 0, "model.layers.0": 1, "model.layers.1": "cpu"},
+            "cuda:0, cuda:1, cpu",
+        ),
+        ({"a": 0, "b": "disk", "c": 0}, "cuda:0, disk"),
+    ],
+)
+def test_a_spread_model_names_all_its_devices(spread, names):
+    model = SimpleNamespace(device="cuda:0", hf_device_map=spread)
+    assert engine_client.device_names(model) == names

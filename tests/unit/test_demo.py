@@ -286,9 +286,9 @@ def test_a_missing_base_model_is_named(name: str, message: str, hint: str) -> No
 def test_unknown_dtypes_and_devices_are_refused(
     base_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(ConfigError, match="dtype must be one of float32, .*, got 'int4'"):
+    with pytest.raises(ConfigError, match="dtype must be one of auto, float32, .*, got 'int4'"):
         demo.load_base(base_folder, "int4")
-    with pytest.raises(ConfigError, match="device must be one such as cpu or cuda:0, got 'gpu'"):
+    with pytest.raises(ConfigError, match="device must be one such as cpu or cuda:0, or auto, got 'gpu'"):
         demo.load_base(base_folder, None, "gpu")
     monkeypatch.setattr(base_model.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="cuda:3 does not exist: PyTorch sees 0 CUDA devices"):

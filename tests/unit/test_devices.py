@@ -1,7 +1,8 @@
 """Models over several devices: scalings follow each module's device, experts their base layer's.
 
 Two GPUs are stood in for by PyTorch's fake tensors, which have a device but no data and refuse
-to mix devices just as real ones do. Offloading to disk is real.
+to mix devices just as real ones do. Offloading to disk is real, and so is a model that
+``load_model`` spreads over memory and disk.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
+from tests.tiny_chat import tiny_chat_base, tiny_tokenizer, write_chat_experts
 from tests.tiny_models import tiny_base, tiny_prompt, tiny_xlora, write_experts
+from xlora_core import Engine, SamplingParams, load_model
 from xlora_core.adapters import LoraAdapter, read_adapter
 from xlora_core.layers import ActiveScalings, XLoraLayer
 from xlora_core.model import XLoraModel
@@ -113,3 +116,59 @@ def test_weights_that_rest_on_disk(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+# --- models that load_model spreads -------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "tiny"
+    tiny_chat_base().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One router for all, since a fresh one is random."""
+    folder = tmp_path_factory.mktemp("xlora")
+    model, _ = load_model(base_folder, adapters=write_chat_experts(folder), device="cpu")
+    model.save_pretrained(folder / "checkpoint")
+    return folder / "checkpoint"
+
+
+ON_DISK = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+
+
+@pytest.mark.parametrize("device", ["auto", ON_DISK], ids=["auto", "disk"])
+def test_a_spread_model_answers_as_a_whole_one(
+    base_folder: Path, checkpoint: Path, device: str | dict[str, str]
+) -> None:
+    whole, _ = load_model(base_folder, checkpoint=checkpoint, device="cpu")
+    model, tokenizer = load_model(base_folder, checkpoint=checkpoint, device=device)
+    rests = model.base_model.get_submodule("model.layers.1.mlp.down_proj").weight.device.type
+    assert rests == ("cpu" if device == "auto" else "meta")
+    inputs = tokenizer("the sum of two numbers", return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).logits, whole(**inputs).logits)
+
+
+def test_the_engine_serves_a_model_that_rests_on_disk(base_folder: Path, checkpoint: Path) -> None:
+    sampling = SamplingParams(max_new_tokens=6)
+    ids, hashes = [], set()
+    for device in ("cpu", ON_DISK):
+        model, tokenizer = load_model(base_folder, checkpoint=checkpoint, device=device)
+        with Engine(model, tokenizer) as engine:
+            run = engine.run("the sum of two numbers", sampling=sampling)
+        ids.append(run.tracks[0].token_ids.tolist())
+        hashes.add(run.header.base_hash)
+    assert ids[0] == ids[1]
+    assert len(hashes) == 1

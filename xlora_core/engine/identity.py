@@ -11,7 +11,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xlora_core.config import SamplingParams
 from xlora_core.recording import RunHeader
@@ -73,9 +73,9 @@ def base_fingerprint(model: XLoraModel) -> str:
         for parameter in (layer.lora_A, layer.lora_B, layer.lora_bias)
     }
     return _digest(
-        (name, tensor)
-        for name, tensor in model.base_model.named_parameters()
-        if id(tensor) not in of_experts
+        (name, _values(model.base_model, name, parameter))
+        for name, parameter in model.base_model.named_parameters()
+        if id(parameter) not in of_experts
     )
 
 
@@ -104,6 +104,20 @@ def versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": metadata.version("transformers"),
     }
+
+
+def _values(base_model: nn.Module, name: str, parameter: Tensor) -> Tensor:
+    """Returns a parameter's values, also if they rest in memory or on disk beside the model.
+
+    Source: accelerate keeps such weights on ``meta``, and their values in the hook's map.
+    """
+    path, _, own_name = name.rpartition(".")
+    hook = getattr(base_model.get_submodule(path), "_hf_hook", None)
+    for part in getattr(hook, "hooks", [hook]):
+        if parameter.is_meta and getattr(part, "weights_map", None) is not None:
+            values: Tensor = part.weights_map[own_name]
+            return values
+    return parameter
 
 
 def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
