@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.options import fail, new_parser, show
+from benchmarks.options import fail, new_parser, plain_dtype, show
 from benchmarks.other_program import OtherProgram, OtherProgramError
 from xlora_core import Arm, Engine
 from xlora_core.bench import Report
@@ -42,26 +42,26 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--python", metavar="FILE", help="interpreter that has llama-cpp-python")
     parser.add_argument("--packed", action="store_true", help="llama.cpp takes the file as it is")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 1024])
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
     if args.model != "demo":
         fail("this benchmark knows the GGUF file of the demo alone", "leave --model out")
-    dtype = args.dtype or "float32"
+    dtype = plain_dtype(args.dtype)
+    model, tokenizer = options.load(args)
+    n_threads = torch.get_num_threads()
     with TemporaryDirectory() as folder:
         gguf = find_gguf()[0]
         if not args.packed:
             gguf = write_unpacked(gguf, Path(folder) / "model.gguf", dtype)
         settings = {
             "model": str(gguf),
-            "n_threads": args.threads,
+            "n_threads": n_threads,
             "n_context": max(args.contexts) + args.tokens + 8,
         }
         try:
-            with OtherProgram("llama_cpp_worker.py", settings, python=args.python) as other:
-                model, tokenizer = options.load(args)
+            with OtherProgram("run_llama_cpp.py", settings, python=args.python) as other:
                 with Engine(model, tokenizer) as engine:
                     report = measure(
                         engine,
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
                         rounds=args.rounds,
                         facts=model_facts(model)
                         | {"llama.cpp weights": "packed" if args.packed else dtype}
-                        | {"llama.cpp threads": args.threads},
+                        | {"llama.cpp threads": n_threads},
                     )
                 show(report, args, argv)
         except OtherProgramError as error:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks.options import fail, new_parser, show
+from benchmarks.options import fail, new_parser, plain_dtype, show
 from benchmarks.other_program import OtherProgram, OtherProgramError
 from xlora_core import Arm, Engine, SamplingParams
 from xlora_core.bench import Report
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
 
 _DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_WORKER = "mistral_rs_worker.py"
+_WORKER = "run_mistral_rs.py"
 # One token each in the demo's vocabulary.
 WORDS = ("The", "Once", "def", "Water")
 METHOD = (
@@ -67,7 +67,7 @@ def main(argv: Sequence[str]) -> None:
             Path(folder),
             base=demo_base_folder() if args.model == "demo" else Path(args.model),
             checkpoint=Path(args.checkpoint or DEMO_CHECKPOINT),
-            dtype=args.dtype or "float32",
+            dtype=plain_dtype(args.dtype),
         )
         try:
             with ExitStack() as stack:

@@ -24,6 +24,11 @@ def new_parser(name: str, description: str) -> argparse.ArgumentParser:
     return parser
 
 
+def plain_dtype(given: str | None) -> str:
+    """Returns what ``--dtype`` comes to on a CPU, by name."""
+    return "float32" if given in (None, "auto") else given
+
+
 def show(report: Report, args: argparse.Namespace, argv: Sequence[str]) -> None:
     """Prints a report, and writes it where ``--output`` says."""
     publish(report, args, command=["python", "-m", "benchmarks", report.name, *argv])

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Self
 
-_HERE = Path(__file__).resolve().parent
+_WORKERS = Path(__file__).resolve().parent / "workers"
 # Lines that begin so are answers; the engines write their logs to the same place.
 ANSWER = "@answer "
 
@@ -17,7 +17,7 @@ class OtherProgram:
     """Runs a worker script and asks it, one JSON line at a time.
 
     Args:
-        script: A file of this folder.
+        script: A file of ``workers/``.
         settings: What it is given at the start.
         python: The interpreter to run it; None is this one.
 
@@ -27,7 +27,7 @@ class OtherProgram:
 
     def __init__(self, script: str, settings: dict[str, Any], *, python: str | None = None) -> None:
         self._process = subprocess.Popen(
-            [python or sys.executable, str(_HERE / script)],
+            [python or sys.executable, str(_WORKERS / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -12,6 +12,7 @@ from typing import Any
 
 from xlora_core.bench.report import Cell, Report
 from xlora_core.errors import EngineError, XLoraError
+from xlora_core.startup import without_collector
 
 METHOD = (
     "Seconds since a fresh process was started, until: the package and what it needs are imported, "
@@ -64,10 +65,6 @@ def _start(model_options: Sequence[str]) -> dict[str, float]:
 
 def _main(argv: Sequence[str]) -> dict[str, float]:
     """Loads a model, writes one token, and returns stage -> seconds since ``--started``."""
-    from xlora_core import Engine, SamplingParams
-    from xlora_core.bench.texts import prompt_of
-    from xlora_core.demo import load_model
-
     parser = argparse.ArgumentParser()
     parser.add_argument("--started", type=float)
     parser.add_argument("--model", default="demo")
@@ -75,24 +72,32 @@ def _main(argv: Sequence[str]) -> dict[str, float]:
     parser.add_argument("--adapter", action="append", default=[])
     parser.add_argument("--device")
     parser.add_argument("--dtype")
+    parser.add_argument("--threads", type=int)
     args = parser.parse_args(argv)
     stages: dict[str, float] = {}
 
     def reached(stage: str) -> None:
         stages[stage] = time.time() - args.started
 
-    import transformers  # noqa: F401  # counted as an import
+    with without_collector():  # as the command line and the app do
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
-    reached("imported")
-    adapters: dict[str, Any] = dict(pair.split("=", 1) for pair in args.adapter)
-    model, tokenizer = load_model(
-        args.model,
-        checkpoint=args.checkpoint,
-        adapters=adapters or None,
-        device=args.device,
-        dtype=args.dtype,
-    )
-    reached("model loaded")
+        from xlora_core import Engine, SamplingParams
+        from xlora_core.bench.texts import prompt_of
+        from xlora_core.demo import load_model
+        from xlora_core.threads import set_threads
+
+        set_threads(args.threads)
+        reached("imported")
+        adapters: dict[str, Any] = dict(pair.split("=", 1) for pair in args.adapter)
+        model, tokenizer = load_model(
+            args.model,
+            checkpoint=args.checkpoint,
+            adapters=adapters or None,
+            device=args.device,
+            dtype=args.dtype,
+        )
+        reached("model loaded")
     with Engine(model, tokenizer) as engine:
         reached("engine ready")
         engine.run(prompt_of(tokenizer, _PROMPT), sampling=SamplingParams(max_new_tokens=1))

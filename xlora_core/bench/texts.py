@@ -23,6 +23,8 @@ QUESTIONS = (
     "List the steps to bake bread, with times and temperatures.",
 )
 _TRIES = 8
+# Characters; few words of English are longer.
+_LONGEST_TOKEN = 12
 
 
 def read_questions(path: str | Path | None) -> tuple[str, ...]:
@@ -64,7 +66,7 @@ def prompt_of(tokenizer: Any, question: str, n_tokens: int = 0) -> Prompt:
     missing = n_tokens - _count(tokenizer, prompt)
     if missing <= 0:
         return prompt
-    prose = tokenizer(_prose(), add_special_tokens=False)["input_ids"]
+    prose = tokenizer(_prose(missing), add_special_tokens=False, verbose=False)["input_ids"]
     n_prose = missing
     for _ in range(_TRIES):  # a text cut anywhere may be read as other tokens than it was cut from
         cut = tokenizer.decode(_first(prose, n_prose), skip_special_tokens=False)
@@ -95,7 +97,8 @@ def _count(tokenizer: Any, prompt: Prompt) -> int:
     return len(encoded.token_ids)
 
 
-def _prose() -> str:
+def _prose(n_tokens: int) -> str:
+    """Returns prose of at least so many tokens, or all there is."""
     from pydoc_data.topics import topics
 
-    return "\n\n".join(topics[name] for name in sorted(topics))
+    return "\n\n".join(topics[name] for name in sorted(topics))[: _LONGEST_TOKEN * n_tokens]

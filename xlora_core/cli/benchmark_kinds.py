@@ -310,7 +310,9 @@ def _bandwidth(args: argparse.Namespace) -> Report:
 
     from xlora_core.bench import Report, bandwidth
     from xlora_core.placement import DTYPES
+    from xlora_core.threads import set_threads
 
+    set_threads()
     if args.device is None and not torch.cuda.is_available():
         note = "Not measured: PyTorch sees no CUDA device here (--device cpu measures the CPU)."
         return Report(name="bandwidth", method=bandwidth.METHOD, rows=[], notes=[note])
