@@ -21,9 +21,9 @@ _COST_WEIGHT = 1 / 8
 class Overlap:
     """Decides, from what steps took and guesses were worth, whether to guess.
 
-    Without guesses a token takes two runs over the weights, with them ``2 - a`` runs that are c
-    times as dear, for a hit rate a and the cost c of a run with twice the rows. So guessing pays
-    for ``a > 2 - 2 / c``.
+    Without guesses a token takes two runs over the weights. With them it takes one that is c times
+    as dear for its further rows, and after a wrong guess, in ``1 - a`` of all cases, one more for
+    the scaling pass alone. So guessing pays for a hit rate ``a > c - 1``.
 
     Args:
         mode: ``"on"`` and ``"off"`` decide it once and for all.
@@ -60,7 +60,7 @@ class Overlap:
         alone, together = self._cost(n_arms), self._cost((1 + self.n_siblings) * n_arms)
         if alone is None or together is None:
             return True
-        return self._hit_rate > 2 - 2 * alone / together
+        return self._hit_rate > together / alone - 1
 
     def _cost(self, n_tokens: int) -> float | None:
         """Returns the seconds of a step of nearly so many tokens; None if there was none."""
