@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,10 +26,10 @@ from xlora_core.rows.skinny import linear_rows
 
 # The step below is these classes' own; a subclass may compute something else.
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 _ATTENTION_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP_LINEARS = ("gate_proj", "up_proj", "down_proj")
-# Kinds of rotary embedding whose frequencies follow the length of the text.
+# Rotary embeddings whose frequencies depend on how long a text is, or the longest beside it.
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
 
 
@@ -58,8 +57,7 @@ class LlamaRows(RowReader):
         self._embedding: nn.Embedding = backbone.embed_tokens
         self._head: nn.Linear = model.base_model.lm_head
         self._norm = rms_norm(backbone.norm)
-        # A copy: embeddings that follow the length of the text keep it on the module.
-        self._rotary = copy.deepcopy(backbone.rotary_emb)
+        self._rotary = backbone.rotary_emb
         self._blocks = [_Block(layer) for layer in _blocks(model)]
         dtype = self._embedding.weight.dtype
         projections = [p for block in self._blocks for p in block.projections]
@@ -77,17 +75,19 @@ class LlamaRows(RowReader):
         ends = (base.model.embed_tokens, base.lm_head)
         if any(type(end) not in (nn.Embedding, nn.Linear) for end in ends):
             return False
+        if base.model.rotary_emb.rope_type in _ROPE_BY_LENGTH:
+            return False
         if not all(_is_plain(linear) for linear in linears):
             return False
         adapted = [linear for linear in linears if isinstance(linear, XLoraLinear)]
         # A merged model has none, an adapted layer elsewhere would be left out.
         if not adapted or len(adapted) != len(model.lora_layer_names):
             return False
-        tensors = [*base.parameters(), *base.buffers()]
-        places = {(p.device, p.dtype) for p in base.parameters()}
-        offloaded = any(hasattr(module, "_hf_hook") for module in base.modules())
-        one_place = len(places) == 1 and not any(t.is_meta for t in tensors) and not offloaded
-        return one_place and next(iter(places))[1] in _DTYPES
+        devices: set[torch.device] = {p.device for p in base.parameters()}
+        dtypes = {p.dtype for p in base.parameters()}
+        if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= _DTYPES:
+            return False
+        return devices.pop().type != "meta"  # where weights rest that are offloaded
 
     def read(self, batch: RowBatch) -> Tensor:
         """Reads the tokens of a batch; see ``RowReader.read``."""
@@ -95,7 +95,7 @@ class LlamaRows(RowReader):
         with torch.inference_mode():
             plan = AttentionPlan(batch, self.cache)
             hidden = F.embedding(batch.token_ids, self._embedding.weight)
-            rotation = self._rotation(hidden, plan.positions, batch.segments)
+            rotation = self._rotation(hidden, plan.positions)
             weights = self._weights(batch)
             for index, block in enumerate(self._blocks):
                 block.read(hidden, index, plan, rotation, weights[4 * index : 4 * index + 4])
@@ -112,27 +112,13 @@ class LlamaRows(RowReader):
             return [None] * (4 * len(self._blocks))
         return self._rank_weights.of(batch.scalings, batch.n_tokens)
 
-    def _rotation(self, hidden: Tensor, positions: Tensor, segments: Any) -> tuple[Tensor, Tensor]:
+    def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines ``[N, 1, D]`` of the tokens' positions."""
-        if self._rotary.rope_type in _ROPE_BY_LENGTH:
-            found = [
-                self._rotation_alone(hidden, of_segment)
-                for of_segment in positions.split([s.n for s in segments])
-            ]
-            cos, sin = (torch.cat(parts) for parts in zip(*found, strict=True))
-        else:
-            cos, sin = (part[0] for part in self._rotary(hidden, positions.unsqueeze(0)))
+        cos, sin = self._rotary(hidden, positions.unsqueeze(0))
         # rotate_half's minus sign, once per step instead of once per block.
         low, high = sin.chunk(2, dim=-1)
-        return cos.unsqueeze(1), torch.cat([-low, high], dim=-1).unsqueeze(1)
-
-    def _rotation_alone(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns cosines and sines ``[n, D]`` as of a text that is read alone."""
-        rotary = self._rotary
-        rotary.inv_freq = rotary.original_inv_freq
-        rotary.max_seq_len_cached = rotary.original_max_seq_len
-        cos, sin = rotary(hidden, positions.unsqueeze(0))
-        return cos[0], sin[0]
+        signed = torch.cat([-low, high], dim=-1)
+        return cos.transpose(0, 1), signed.transpose(0, 1)
 
 
 class _Block:
@@ -188,10 +174,10 @@ class _Block:
         qkv = self._qkv(self._attention_norm(hidden), weights[0])
         queries, keys, values = self._turned(qkv.contiguous(), *rotation)
         found = plan.attend(index, queries, keys, values, self._scale)
-        hidden += self._o(found, weights[1])
+        hidden.add_(self._o(found, weights[1]))
         gate_up = self._gate_up(self._mlp_norm(hidden), weights[2])
         inner = self._act(gate_up[:, : self._n_inner]) * gate_up[:, self._n_inner :]
-        hidden += self._down(inner, weights[3])
+        hidden.add_(self._down(inner, weights[3]))
 
     def _turned(self, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Returns queries ``[N, heads, D]``, keys and values ``[N, kv_heads, D]``, rotated."""
