@@ -303,6 +303,23 @@ def test_padding_is_not_stored() -> None:
     assert torch.equal(rows.keys[0], before)
 
 
+@pytest.mark.parametrize("rows", [(0, 1), (0, 2)])
+def test_a_block_on_another_device_keeps_its_keys_there(rows: tuple[int, ...]) -> None:
+    """As of a model that is spread over several; ``meta`` is a device without data."""
+    meta = torch.device("meta")
+    blocks = [BlockShape(n_heads=2, key_size=3, value_size=3, device=d) for d in (None, meta)]
+    cache = RowCache(blocks, dtype=torch.float32)
+    cache.grow(3, 8)
+    view = RowCacheView(cache)
+    assert [t.device.type for t in (*cache.keys, *cache.values)] == ["cpu", "meta"] * 2
+    (grid,) = side_by_side(batch_of(*(Segment(row=row, start=2) for row in rows)))
+    with view.reading(grid, 0):
+        new = torch.zeros(2, 2, 1, 3, device=meta)
+        keys, values = view.update(new, new, 1)
+    assert (keys.device, values.device) == (meta, meta)
+    assert keys.shape == (2, 2, 3, 3)
+
+
 def test_a_view_outside_of_a_read_is_refused() -> None:
     _, view = cache_view()
     with pytest.raises(ModelError, match=r"through RowReader\.read"):

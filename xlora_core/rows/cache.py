@@ -20,11 +20,13 @@ class BlockShape:
         n_heads: Heads of keys and values.
         key_size: Size of a key.
         value_size: Size of a value.
+        device: Where they lie; None is where the others do.
     """
 
     n_heads: int
     key_size: int
     value_size: int
+    device: torch.device | None = None
 
 
 class RowCache:
@@ -36,7 +38,7 @@ class RowCache:
     Args:
         blocks: Shape of each block's keys and values.
         dtype: dtype of the keys and values.
-        device: Where they lie.
+        device: Where they lie, unless a block says otherwise.
 
     Attributes:
         keys: Block -> ``[R, heads, T, key_size]``.
@@ -73,8 +75,8 @@ class RowCache:
         n_rows, n_tokens = max(n_rows, self.n_rows), max(n_tokens, self.n_tokens)
         if self.keys and (n_rows, n_tokens) == (self.n_rows, self.n_tokens):
             return
-        keys = [self._empty(n_rows, b.n_heads, n_tokens, b.key_size) for b in self._blocks]
-        values = [self._empty(n_rows, b.n_heads, n_tokens, b.value_size) for b in self._blocks]
+        keys = [self._empty(b, n_rows, n_tokens, b.key_size) for b in self._blocks]
+        values = [self._empty(b, n_rows, n_tokens, b.value_size) for b in self._blocks]
         for old, new in zip([*self.keys, *self.values], [*keys, *values], strict=False):
             new[: self.n_rows, :, : self.n_tokens] = old
         self.keys, self.values = keys, values
@@ -86,9 +88,13 @@ class RowCache:
         self.n_rows = self.n_tokens = 0
         self.grow(0, 0)
 
-    def _empty(self, *shape: int) -> Tensor:
+    def _empty(self, block: BlockShape, n_rows: int, n_tokens: int, size: int) -> Tensor:
         # Zeros, so that a masked position never brings a NaN into a product with 0.
-        return torch.zeros(shape, dtype=self._dtype, device=self._device)
+        return torch.zeros(
+            (n_rows, block.n_heads, n_tokens, size),
+            dtype=self._dtype,
+            device=block.device or self._device,
+        )
 
     def check_room(self, segments: Iterable[Segment]) -> None:
         """Raises unless there is a place for every token.

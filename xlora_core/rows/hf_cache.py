@@ -90,14 +90,16 @@ class _RowLayer(CacheLayerMixin):
         )
 
     def _write(self, rows: RowCache, grid: Grid, keys: Tensor, values: Tensor) -> None:
-        if grid.width == 1:  # the decode step: one operation for all rows
-            places = (grid.rows, slice(None), grid.places[:, 0])
-            rows.keys[self._block][places] = keys[:, :, 0].to(rows.keys[self._block].dtype)
-            rows.values[self._block][places] = values[:, :, 0].to(rows.values[self._block].dtype)
+        if grid.width > 1:
+            for i, line in enumerate(grid.lines):
+                n = line.segment.n
+                rows.write(self._block, line.segment, keys[i, :, :n], values[i, :, :n])
             return
-        for i, line in enumerate(grid.lines):
-            n = line.segment.n
-            rows.write(self._block, line.segment, keys[i, :, :n], values[i, :, :n])
+        # The decode step: one operation for all rows.
+        kept = rows.keys[self._block], rows.values[self._block]
+        places = (grid.rows.to(keys.device), slice(None), grid.places[:, 0].to(keys.device))
+        for tensor, new in zip(kept, (keys, values), strict=True):
+            tensor[places] = new[:, :, 0].to(tensor.dtype)
 
     def get_seq_length(self) -> int:
         """Returns how many tokens lie before those of the running call."""
@@ -116,9 +118,9 @@ def _read(kept: Tensor, grid: Grid, new: Tensor) -> Tensor:
     """Returns ``[S, heads, T, size]`` of a grid's rows, without a copy if they are consecutive."""
     if grid.row_range is not None:
         return kept[grid.row_range, :, : grid.n_places]
-    gathered = kept[:, :, : grid.n_places].index_select(0, grid.rows)
+    gathered = kept[:, :, : grid.n_places].index_select(0, grid.rows.to(kept.device))
     if grid.has_siblings and grid.width == 1:
         # Lone siblings: each sees itself where the text goes on.
-        lines = torch.arange(len(grid.lines), device=new.device)
-        gathered[lines, :, grid.positions[:, 0]] = new[:, :, 0].to(kept.dtype)
+        lines = torch.arange(len(grid.lines), device=kept.device)
+        gathered[lines, :, grid.positions[:, 0].to(kept.device)] = new[:, :, 0].to(kept.dtype)
     return gathered

@@ -84,18 +84,19 @@ def cached_shapes(model: XLoraModel) -> RowCache:
     token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     model.main_pass(scalings=None, input_ids=token, past_key_values=cache, use_cache=True)
     kept = [_keys_and_values(layer) for layer in cache.layers]
-    found = {(tensor.dtype, tensor.device) for pair in kept for tensor in pair}
-    if len(found) != 1:
-        raise ModelError(
-            f"its blocks keep keys and values in {len(found)} dtypes or on as many devices, "
-            "expected one"
-        )
-    ((dtype, device),) = found
+    dtypes = {tensor.dtype for pair in kept for tensor in pair}
+    if len(dtypes) != 1:
+        raise ModelError(f"its blocks keep keys and values in {len(dtypes)} dtypes, expected one")
     blocks = [
-        BlockShape(n_heads=keys.shape[1], key_size=keys.shape[3], value_size=values.shape[3])
+        BlockShape(
+            n_heads=keys.shape[1],
+            key_size=keys.shape[3],
+            value_size=values.shape[3],
+            device=keys.device,  # of this block: a model may be spread over several
+        )
         for keys, values in kept
     ]
-    return RowCache(blocks, dtype=dtype, device=device)
+    return RowCache(blocks, dtype=dtypes.pop(), device=model.device)
 
 
 def _keys_and_values(layer: object) -> tuple[Tensor, Tensor]:
