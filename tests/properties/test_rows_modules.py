@@ -62,7 +62,11 @@ def test_mixed_batches_are_each_text_alone(tmp_path: Path, name: str) -> None:
     read_on(reader, [(again, 2), (adapted, 9)], n_wrong=1)
     read_on(reader, [(again, 1), (plain, 1), (adapted, 1)], n_wrong=1)
     read_on(reader, [(adapted, 1), (plain, 2)])
-    for text in (adapted, plain, again):
+    # Two texts as long as each other: an ordinary batch.
+    twins = [random_text(model, row, 5, adapted=row == 1, seed=row) for row in (1, 3)]
+    for n in (4, 1):
+        read_on(reader, [(twin, n) for twin in twins])
+    for text in (adapted, plain, again, *twins):
         assert_as_alone(model, reader, text, decoder.tolerance)
 
 

@@ -19,7 +19,7 @@ from xlora_core.errors import ModelError
 from xlora_core.model import XLoraModel
 from xlora_core.rows import BlockShape, RowBatch, RowCache, Segment
 from xlora_core.rows.hf_cache import RowCacheView
-from xlora_core.rows.layout import PADDING_WORTH_A_CALL, Grid, one_by_one, side_by_side
+from xlora_core.rows.layout import PADDING_WORTH_A_CALL, Grid, like_with_like, side_by_side
 from xlora_core.rows.masks import ExplicitMasks, PaddingMasks, rules
 from xlora_core.rows.modules import ModuleRows, cached_shapes
 
@@ -99,20 +99,42 @@ def test_siblings_stand_at_one_position() -> None:
     assert grid.places.tolist() == [[7, 8, 9], [5, 5, 5]]
 
 
-def test_one_by_one_runs_chunks_alone_and_siblings_as_lines() -> None:
-    singles, chunk = one_by_one(
+def test_chunks_share_a_call_with_their_like_and_siblings_are_lines() -> None:
+    singles, like, other = like_with_like(
         batch_of(
             Segment(row=2, start=3, n=4),
             Segment(row=0, start=7, n=2, siblings=True),
             Segment(row=1, start=5),
+            Segment(row=3, start=4, n=4),
+            Segment(row=4, start=3, n=4),
         )
     )
-    assert (chunk.rows.tolist(), chunk.positions.tolist()) == ([2], [[3, 4, 5, 6]])
-    assert chunk.is_one_text
+    assert (like.rows.tolist(), like.positions.tolist()) == ([2, 4], [[3, 4, 5, 6]] * 2)
+    assert other.rows.tolist() == [3]
+    assert [grid.is_ordinary for grid in (singles, like, other)] == [False, True, True]
     assert singles.rows.tolist() == [0, 0, 1]
     assert singles.tokens.flatten().tolist() == [4, 5, 6]
     assert singles.positions.flatten().tolist() == [7, 7, 5]
     assert singles.places.flatten().tolist() == [7, 8, 5]
+
+
+@pytest.mark.parametrize(
+    ("segments", "ordinary"),
+    [
+        ([Segment(row=0, start=3, n=2)], True),
+        ([Segment(row=0, start=3, n=2), Segment(row=4, start=3, n=2)], True),
+        ([Segment(row=0, start=3, n=2), Segment(row=1, start=3)], False),
+        ([Segment(row=0, start=3), Segment(row=1, start=4)], False),
+        ([Segment(row=0, start=3, siblings=True)], False),
+    ],
+)
+def test_texts_as_long_as_each_other_are_an_ordinary_batch(
+    segments: list[Segment], ordinary: bool
+) -> None:
+    (grid,) = side_by_side(batch_of(*segments))
+    assert grid.is_ordinary is ordinary
+    mask = ExplicitMasks(Backbone(CONFIGS["full"], "sdpa")).of(grid)
+    assert (mask is None) is ordinary
 
 
 def test_scalings_are_zero_for_padding_and_for_tokens_without_adapters() -> None:
@@ -223,14 +245,8 @@ def test_a_sibling_sees_what_came_before_and_itself() -> None:
     assert mask[0, 0].int().tolist() == [[0, 1, 1, 1, 0], [0, 1, 1, 0, 1]]
 
 
-def test_a_text_alone_is_masked_by_its_model() -> None:
-    (grid,) = side_by_side(batch_of(Segment(row=0, start=3, n=2)))
-    assert ExplicitMasks(Backbone(CONFIGS["window"], "sdpa")).of(grid) is None
-    assert PaddingMasks(Backbone(CONFIGS["full"], "sdpa")).of(grid) is None
-
-
 def test_a_padding_mask_ends_where_each_line_does() -> None:
-    (grid,) = one_by_one(batch_of(Segment(row=0, start=3), Segment(row=1, start=1)))
+    (grid,) = like_with_like(batch_of(Segment(row=0, start=3), Segment(row=1, start=1)))
     masks = PaddingMasks(Backbone(CONFIGS["full"], "sdpa"))
     mask = masks.of(grid)
     assert mask is not None

@@ -85,9 +85,13 @@ class Grid:
         return None
 
     @property
-    def is_one_text(self) -> bool:
-        """Whether an ordinary call with an ordinary cache would read the same."""
-        return len(self.lines) == 1 and not self.has_siblings
+    def is_ordinary(self) -> bool:
+        """Whether an ordinary call with an ordinary cache would read the same.
+
+        All lines are then as long and as far as each other, and a model's own mask is right.
+        """
+        alike = {(line.segment.start, line.segment.n) for line in self.lines}
+        return len(alike) == 1 and not self.has_siblings
 
     def scalings(self, batch: RowBatch) -> TokenScalings | None:
         """Returns the scalings of the grid's tokens, 0 for those without; None if none has any."""
@@ -139,18 +143,22 @@ def _padded_groups(lines: list[Line]) -> list[list[Line]]:
     return groups
 
 
-def one_by_one(batch: RowBatch) -> list[Grid]:
-    """Lays a batch out with chunks alone, and single tokens, lone siblings too, side by side."""
-    chunks, singles = [], []
+def like_with_like(batch: RowBatch) -> list[Grid]:
+    """Lays a batch out so that a grid has single tokens, or chunks as long and far as each other.
+
+    Siblings are single tokens.
+    """
+    singles: list[Line] = []
+    chunks: dict[tuple[int, int], list[Line]] = {}
     for line in _lines(batch):
         segment = line.segment
         if segment.n > 1 and not segment.siblings:
-            chunks.append([line])
+            chunks.setdefault((segment.start, segment.n), []).append(line)
             continue
         for i in range(segment.n):
             alone = Segment(row=segment.row, start=segment.start, siblings=segment.siblings)
             singles.append(Line(segment=alone, first=line.first + i, place=line.place + i))
-    groups = [singles, *chunks] if singles else chunks
+    groups = [singles, *chunks.values()] if singles else list(chunks.values())
     return [_grid(group, batch) for group in groups]
 
 

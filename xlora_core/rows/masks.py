@@ -12,7 +12,7 @@ from torch import Tensor
 from xlora_core.errors import ModelError
 from xlora_core.passes import accepted
 from xlora_core.rows.batch import RowBatch
-from xlora_core.rows.layout import Grid, one_by_one, side_by_side
+from xlora_core.rows.layout import Grid, like_with_like, side_by_side
 
 # (position of the token, place of the key) -> whether the layer looks there; causal besides.
 Rule = Callable[[Tensor, Tensor], Tensor]
@@ -65,12 +65,12 @@ class ExplicitMasks(RowMasks):
         return side_by_side(batch, self._boundaries)
 
     def n_seen(self, grid: Grid) -> int:
-        """The first line's position; matters for one line only, else the mask says it."""
+        """The position of all lines; if they differ, the mask says it."""
         return grid.lines[0].segment.start
 
     def of(self, grid: Grid) -> Tensor | dict[str, Tensor] | None:
         """One mask, or one by layer type."""
-        if grid.is_one_text:
+        if grid.is_ordinary:
             return None
         if isinstance(self._rules, dict):
             return {kind: self._mask(rule, grid) for kind, rule in self._rules.items()}
@@ -95,7 +95,8 @@ class ExplicitMasks(RowMasks):
 class PaddingMasks(RowMasks):
     """``[S, T]`` masks, for models that compute more from a mask than what is seen (ALiBi).
 
-    They can say where a line ends, not what a token inside it sees: chunks run alone.
+    They can say where a line ends, not what a token inside it sees: chunks share a
+    call with their like alone.
 
     Args:
         backbone: The model without its head.
@@ -114,8 +115,8 @@ class PaddingMasks(RowMasks):
             raise ModelError("its rotary frequencies depend on how long a text is")
 
     def grids(self, batch: RowBatch) -> list[Grid]:
-        """Single tokens side by side, chunks alone."""
-        return one_by_one(batch)
+        """Single tokens side by side, chunks with their like."""
+        return like_with_like(batch)
 
     def n_seen(self, grid: Grid) -> int:
         """All places of single tokens; the mask takes away what a line does not have."""
@@ -123,7 +124,7 @@ class PaddingMasks(RowMasks):
 
     def of(self, grid: Grid) -> Tensor | None:
         """1 for the places up to the token's position."""
-        if grid.is_one_text:
+        if grid.is_ordinary:
             return None
         place = torch.arange(grid.n_places, device=grid.positions.device)
         return (place <= grid.positions).to(torch.int64)
