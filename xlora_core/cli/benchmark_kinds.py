@@ -196,6 +196,9 @@ def _add_adapters(benchmarks: options.Commands) -> Parser:
 def _adapters(args: argparse.Namespace) -> Report:
     from xlora_core.bench import adapters
     from xlora_core.demo import load_base
+    from xlora_core.threads import set_threads
+
+    set_threads(args.threads)
 
     def load() -> Any:
         return load_base(args.model, dtype=args.dtype, device=args.device)
@@ -260,9 +263,9 @@ def _start(args: argparse.Namespace) -> Report:
     from xlora_core.bench import start
 
     given = ["--model", args.model]
-    for name in ("checkpoint", "device", "dtype"):
+    for name in ("checkpoint", "device", "dtype", "threads"):
         if getattr(args, name) is not None:
-            given += [f"--{name}", getattr(args, name)]
+            given += [f"--{name}", str(getattr(args, name))]
     for adapter in args.adapter:
         given += ["--adapter", adapter]
     return start.measure(given, rounds=args.rounds)
