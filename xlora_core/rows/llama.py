@@ -19,6 +19,7 @@ from xlora_core.model import XLoraModel
 from xlora_core.rows.attention import AttentionPlan
 from xlora_core.rows.batch import RowBatch
 from xlora_core.rows.cache import BlockShape, RowCache
+from xlora_core.rows.graphs import RecordedSteps, RectanglePlan, cuda_recorder
 from xlora_core.rows.norm import rms_norm
 from xlora_core.rows.projection import FusedProjection, RankWeights, plain_layer
 from xlora_core.rows.reader import RowReader
@@ -64,6 +65,9 @@ class LlamaRows(RowReader):
         self._rank_weights = RankWeights(projections, dtype)
         shapes = [block.cache_shape for block in self._blocks]
         self.cache = RowCache(shapes, dtype=dtype, device=model.device)
+        self._recorded: RecordedSteps | None = None
+        if model.device.type == "cuda":
+            self._recorded = RecordedSteps(self._run, self.cache, cuda_recorder(model.device))
 
     @classmethod
     def fits(cls, model: XLoraModel) -> bool:
@@ -93,24 +97,30 @@ class LlamaRows(RowReader):
         """Reads the tokens of a batch; see ``RowReader.read``."""
         # Cheaper than no_grad, operation by operation; the clone is an ordinary tensor again.
         with torch.inference_mode():
-            plan = AttentionPlan(batch, self.cache)
-            hidden = F.embedding(batch.token_ids, self._embedding.weight)
-            rotation = self._rotation(hidden, plan.positions)
-            weights = self._weights(batch)
-            for index, block in enumerate(self._blocks):
-                block.read(hidden, index, plan, rotation, weights[4 * index : 4 * index + 4])
-            normed = self._norm(hidden)
-        return normed.clone()
+            if self._recorded is not None and self._recorded.takes(batch):
+                hidden = self._recorded.read(batch)
+            else:
+                plan = AttentionPlan(batch, self.cache)
+                hidden = self._run(batch.token_ids, plan, batch.scalings)
+        return hidden.clone()
+
+    def _run(
+        self, token_ids: Tensor, plan: AttentionPlan | RectanglePlan, scalings: Tensor | None
+    ) -> Tensor:
+        """Returns the last hidden states ``[N, H]`` of tokens ``[N]``."""
+        hidden = F.embedding(token_ids, self._embedding.weight)
+        rotation = self._rotation(hidden, plan.positions)
+        weights: Sequence[Tensor | None] = [None] * (4 * len(self._blocks))
+        if scalings is not None:
+            weights = self._rank_weights.of(scalings, len(token_ids))
+        for index, block in enumerate(self._blocks):
+            block.read(hidden, index, plan, rotation, weights[4 * index : 4 * index + 4])
+        return self._norm(hidden)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits ``[n, V]`` of hidden states ``[n, H]``."""
         return linear_rows(hidden, self._head.weight, self._head.bias)
-
-    def _weights(self, batch: RowBatch) -> Sequence[Tensor | None]:
-        if batch.scalings is None:
-            return [None] * (4 * len(self._blocks))
-        return self._rank_weights.of(batch.scalings, batch.n_tokens)
 
     def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines ``[N, 1, D]`` of the tokens' positions."""
@@ -158,7 +168,7 @@ class _Block:
         self,
         hidden: Tensor,
         index: int,
-        plan: AttentionPlan,
+        plan: AttentionPlan | RectanglePlan,
         rotation: tuple[Tensor, Tensor],
         weights: Sequence[Tensor | None],
     ) -> None:

@@ -15,22 +15,25 @@ def rms_norm(module: Any) -> Callable[[Tensor], Tensor]:
     A 135M model has 61 norms a step; at few rows each costs what its operations cost to call.
 
     Args:
-        module: A norm with ``weight`` ``[H]`` and ``variance_epsilon``.
+        module: A norm with ``weight`` ``[H]`` and ``variance_epsilon``; its weight stays as it is.
 
     Returns:
         ``[*, H]`` -> ``[*, H]``, computed in float32 whatever the model's dtype.
     """
-    weight: Tensor = module.weight
+    weight: Tensor = module.weight.detach()
     if weight.dtype == torch.float64:
         # The module rounds to float32 inside; only the same operations round the same.
         return module  # type: ignore[no-any-return]  # a module is called like a function
-    to_mean = weight.shape[0] ** -0.5
-    epsilon = torch.tensor(module.variance_epsilon**0.5, device=weight.device)
+    root = weight.shape[0] ** 0.5
+    epsilon = torch.tensor(root * module.variance_epsilon**0.5, device=weight.device)
 
-    def normed(x: Tensor) -> Tensor:
-        size = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-        # sqrt(mean of squares + epsilon)
-        size = torch.hypot(size.mul_(to_mean), epsilon)
-        return torch.div(x, size).to(x.dtype).mul_(weight)
+    def size(x: Tensor) -> Tensor:
+        """Root of the sum of squares and epsilons, ``[*, 1]`` float32."""
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return torch.hypot(norm, epsilon)
 
-    return normed
+    if weight.dtype == torch.float32:
+        from_size = weight * root
+        return lambda x: torch.div(x, size(x)).mul_(from_size)
+    # Rounded before the weight comes in, as the module does it.
+    return lambda x: torch.div(x, size(x).div_(root)).to(x.dtype).mul_(weight)
