@@ -70,6 +70,24 @@ def test_mixed_batches_are_each_text_alone(tmp_path: Path, name: str) -> None:
         assert_as_alone(model, reader, text, decoder.tolerance)
 
 
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_an_erased_row_of_a_broken_text_is_as_good_as_new(tmp_path: Path, name: str) -> None:
+    decoder = decoders()[name]
+    model = decoder_xlora(tmp_path, decoder)
+    reader = module_rows(model, decoder)
+    broken = random_text(model, 1, 9, adapted=True)
+    assert broken.scalings is not None
+    broken.scalings.fill_(torch.nan)
+    beside = random_text(model, 0, 12, adapted=False, seed=1)
+    read_on(reader, [(broken, 9), (beside, 9)])
+    reader.cache.erase([1])
+    after = random_text(model, 1, 4, adapted=False, seed=2)
+    read_on(reader, [(after, 2)])
+    read_on(reader, [(after, 1), (beside, 1)])
+    for text in (after, beside):
+        assert_as_alone(model, reader, text, decoder.tolerance)
+
+
 @pytest.fixture(scope="module", params=SCHEDULED)
 def opened(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

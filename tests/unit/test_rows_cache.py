@@ -117,6 +117,21 @@ def test_a_copied_row_has_the_first_positions_and_nothing_more() -> None:
             assert not rows.keys[block][row, :, 5:].any()
 
 
+def test_an_erased_row_leaves_nothing_and_the_others_stay() -> None:
+    rows = cache()
+    kept = written(rows, Segment(row=1, start=0, n=8))
+    for row in (0, 2):
+        for tensor in (*rows.keys, *rows.values):
+            tensor[row] = torch.nan
+    rows.erase([0, 2])
+    for block, (keys, values) in enumerate(kept):
+        assert torch.equal(rows.keys[block][1], keys)
+        assert torch.equal(rows.values[block][1], values)
+        for row in (0, 2):
+            assert torch.equal(rows.keys[block][row], torch.zeros_like(keys))
+            assert torch.equal(rows.values[block][row], torch.zeros_like(values))
+
+
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_the_kept_sibling_lies_where_the_text_goes_on(which: int) -> None:
     rows = cache()

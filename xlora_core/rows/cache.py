@@ -131,6 +131,15 @@ class RowCache:
             for tensor in (*self.keys, *self.values):
                 tensor[target, :, :n_tokens] = tensor[source, :, :n_tokens]
 
+    def erase(self, rows: Sequence[int]) -> None:
+        """Zeros rows whose text is at an end.
+
+        What a text leaves behind is masked for the next one in its row; but a NaN that it left,
+        times the 0 of the mask, is NaN.
+        """
+        for tensor in (*self.keys, *self.values):
+            tensor[list(rows)] = 0
+
     def keep(self, segment: Segment, which: int) -> None:
         """Makes one of a segment's siblings the token at ``segment.start``.
 
