@@ -228,6 +228,24 @@ def test_rows_are_given_back(engine: Engine, reader: Steps) -> None:
     assert reader.cache.n_rows == 0
 
 
+def test_a_broken_text_leaves_nothing_in_its_rows(model: XLoraModel) -> None:
+    """0 times NaN is NaN, so a mask would not keep it from the next text in the row."""
+    last_rank = model.lora_layers[0].lora_B.detach()[:, -1]  # of the last adapter, verse
+    kept = last_rank.clone()
+    with Engine(model, TOKENIZER) as engine:
+        expected = engine.run(PROMPT, [Arm.expert("math")], GREEDY)
+        long = SamplingParams(max_new_tokens=100)
+        running = engine.submit(PROMPT, [Arm.base()], long)  # keeps the rows from being freed
+        last_rank.fill_(torch.nan)
+        try:
+            with pytest.raises(EngineError, match="not finite"):
+                engine.run(PROMPT * 3, [Arm.expert("verse")], GREEDY)
+        finally:
+            last_rank.copy_(kept)
+        assert_same(engine.run(PROMPT, [Arm.expert("math")], GREEDY), expected)
+        assert running.wait(PATIENCE).tracks[0].finish_reason in ("stop", "length")
+
+
 # -------------------------------------------------------------------- requests side by side
 
 

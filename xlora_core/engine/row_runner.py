@@ -99,9 +99,12 @@ class RowRunner(Runner):
 
     def release(self, active: ActiveRequest) -> None:
         """Gives a request's rows back; with the last one the memory goes, too."""
-        for arm in self._arms.pop(active, []):
-            self._free += arm.rows
-        if not self._arms:
+        rows = [row for arm in self._arms.pop(active, []) for row in arm.rows]
+        if self._arms:
+            # A NaN that a broken text left behind would reach the next one even through a mask.
+            self._reader.cache.erase(rows)
+            self._free += rows
+        else:
             self._free = []
             self._reader.cache.clear()
 
