@@ -80,7 +80,7 @@ def test_an_erased_row_of_a_broken_text_is_as_good_as_new(tmp_path: Path, name: 
     broken.scalings.fill_(torch.nan)
     beside = random_text(model, 0, 12, adapted=False, seed=1)
     read_on(reader, [(broken, 9), (beside, 9)])
-    reader.cache.erase([1])
+    reader.cache.erase([1], 9)
     after = random_text(model, 1, 4, adapted=False, seed=2)
     read_on(reader, [(after, 2)])
     read_on(reader, [(after, 1), (beside, 1)])

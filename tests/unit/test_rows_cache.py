@@ -122,14 +122,26 @@ def test_an_erased_row_leaves_nothing_and_the_others_stay() -> None:
     kept = written(rows, Segment(row=1, start=0, n=8))
     for row in (0, 2):
         for tensor in (*rows.keys, *rows.values):
-            tensor[row] = torch.nan
-    rows.erase([0, 2])
+            tensor[row, :, :6] = torch.nan
+    rows.erase([0, 2], 6)
     for block, (keys, values) in enumerate(kept):
         assert torch.equal(rows.keys[block][1], keys)
         assert torch.equal(rows.values[block][1], values)
         for row in (0, 2):
             assert torch.equal(rows.keys[block][row], torch.zeros_like(keys))
             assert torch.equal(rows.values[block][row], torch.zeros_like(values))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_room_is_zeros_of_the_dtype_asked_for(dtype: torch.dtype) -> None:
+    rows = RowCache(BLOCKS, dtype=dtype)
+    rows.grow(3, 5)
+    for block, keys, values in zip(BLOCKS, rows.keys, rows.values, strict=True):
+        assert keys.dtype == values.dtype == dtype
+        assert keys.shape == (3, block.n_heads, 5, block.key_size)
+        assert values.shape == (3, block.n_heads, 5, block.value_size)
+        assert not keys.any()
+        assert not values.any()
 
 
 @pytest.mark.parametrize("which", [0, 1, 2])

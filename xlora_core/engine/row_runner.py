@@ -102,7 +102,8 @@ class RowRunner(Runner):
         rows = [row for arm in self._arms.pop(active, []) for row in arm.rows]
         if self._arms:
             # A NaN that a broken text left behind would reach the next one even through a mask.
-            self._reader.cache.erase(rows)
+            n_read = max(track.n_tokens for track in active.tracks)
+            self._reader.cache.erase(rows, self._n_places(n_read))
             self._free += rows
         else:
             self._free = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,11 +92,14 @@ class RowCache:
 
     def _empty(self, block: BlockShape, n_rows: int, n_tokens: int, size: int) -> Tensor:
         # Zeros, so that a masked position never brings a NaN into a product with 0.
-        return torch.zeros(
-            (n_rows, block.n_heads, n_tokens, size),
-            dtype=self._dtype,
-            device=block.device or self._device,
-        )
+        shape = (n_rows, block.n_heads, n_tokens, size)
+        device = torch.device(block.device or self._device)
+        if device.type != "cpu":
+            return torch.zeros(shape, dtype=self._dtype, device=device)
+        # From the system, which gives out pages of zeros when they are first written to. PyTorch
+        # would write them all: seconds, and gigabytes that a short answer never uses.
+        n_bytes = math.prod(shape) * self._dtype.itemsize
+        return torch.from_numpy(np.zeros(n_bytes, np.uint8)).view(self._dtype).view(shape)
 
     def check_room(self, segments: Iterable[Segment]) -> None:
         """Raises unless there is a place for every token.
@@ -131,14 +136,19 @@ class RowCache:
             for tensor in (*self.keys, *self.values):
                 tensor[target, :, :n_tokens] = tensor[source, :, :n_tokens]
 
-    def erase(self, rows: Sequence[int]) -> None:
+    def erase(self, rows: Sequence[int], n_tokens: int) -> None:
         """Zeros rows whose text is at an end.
 
         What a text leaves behind is masked for the next one in its row; but a NaN that it left,
         times the 0 of the mask, is NaN.
+
+        Args:
+            rows: The rows.
+            n_tokens: How many positions they may have used.
         """
         for tensor in (*self.keys, *self.values):
-            tensor[list(rows)] = 0
+            for row in rows:
+                tensor[row, :, :n_tokens] = 0
 
     def keep(self, segment: Segment, which: int) -> None:
         """Makes one of a segment's siblings the token at ``segment.start``.
