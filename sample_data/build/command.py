@@ -39,7 +39,7 @@ then:
   xlora train-expert --name law --data corpus --out experts/law
 
 OUT holds DOMAIN.train.jsonl.gz and DOMAIN.heldout.jsonl.gz for each domain; manifest.json with
-counts and checksums; LICENCES.md and licences/ with what to credit. A domain that is built again
+counts and checksums; LICENSES.md and licenses/ with what to credit. A domain that is built again
 replaces its files and leaves the others.
 """
 

@@ -18,7 +18,7 @@ MANIFEST = "manifest.json"
 _TABLE_HEAD = """\
 # Licences of this corpus
 
-Made by `python -m sample_data.build`. The licence texts are in `licences/`. Whoever passes rows on
+Made by `python -m sample_data.build`. The licence texts are in `licenses/`. Whoever passes rows on
 keeps the credit with them; rows of a licence that begins with `LicenseRef-` are for training only.
 
 | domain | package | version | licence of the data | credit |
@@ -70,18 +70,18 @@ def write_domain(
         The domain's entry in the manifest: for ``"train"`` and ``"heldout"``, as
         :func:`write_split`.
     """
-    (out / "licences").mkdir(parents=True, exist_ok=True)
+    (out / "licenses").mkdir(parents=True, exist_ok=True)
     entry = {
         split: write_split(out / f"{domain.name}.{split}.jsonl.gz", rows)
         for split, rows in (("train", train), ("heldout", heldout))
     }
     for name, folder in folders.items():
         text = folder / PACKAGES[name].licence_file
-        shutil.copyfile(text, out / "licences" / f"{name}.txt")
+        shutil.copyfile(text, out / "licenses" / f"{name}.txt")
     manifest = {**_manifest(out), domain.name: entry}
     ordered = {name: manifest[name] for name in DOMAINS if name in manifest}
     (out / MANIFEST).write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
-    (out / "LICENCES.md").write_text(licence_table(ordered), encoding="utf-8")
+    (out / "LICENSES.md").write_text(licence_table(ordered), encoding="utf-8")
     return entry
 
 
