@@ -94,7 +94,7 @@ class RowCache:
         # Zeros, so that a masked position never brings a NaN into a product with 0.
         shape = (n_rows, block.n_heads, n_tokens, size)
         device = torch.device(block.device or self._device)
-        if device.type != "cpu":
+        if device.type != "cpu" or 0 in shape:
             return torch.zeros(shape, dtype=self._dtype, device=device)
         # From the system, which gives out pages of zeros when they are first written to. PyTorch
         # would write them all: seconds, and gigabytes that a short answer never uses.
