@@ -5,9 +5,10 @@ Its Python package is optional (pip install -e '.[bench]'); give --python the in
 environment that has it. 0.6.0 is the newest version whose X-LoRA was seen to run on a CPU.
 
 The checkpoint is converted to the original package's layout and laid out as mistral.rs wants it.
-Both sides write the same text after a prompt of one token. Longer prompts are not comparable: its
-0.6.0 mixes up the tokens of a prompt (it transposes the attention's output twice), so its text
-differs from then on, though not what a token costs.
+Both sides write the same text after a prompt of one token. After longer ones they do not: 0.6.0
+transposes the attention's output twice where it reads several tokens at once, and so mixes up the
+prompt. (With the same done to the attention of our model, ours writes what it writes.) What a
+decoded token costs does not depend on it.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from xlora_core.config import XLoraConfig
 from xlora_core.model import XLoraModel
@@ -50,13 +50,8 @@ def random_llama(size: str, *, device: str | torch.device, dtype: torch.dtype) -
         eos_token_id=None,
     )
     torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # never twice the size on the way
-    try:
-        with torch.device(device):
-            model: PreTrainedModel = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device(device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     settings: Any = model.generation_config
     settings.eos_token_id = []  # no answer ends by itself
     model.eval()
