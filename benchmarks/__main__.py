@@ -10,7 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from benchmarks import llama_cpp, memory, mistral_rs, peft_xlora, recording, targets
+from benchmarks import guessing, llama_cpp, memory, mistral_rs, peft_xlora, recording, targets
 from xlora_core.cli import main as xlora
 
 _OWN = {
@@ -18,6 +18,7 @@ _OWN = {
     "mistral_rs": mistral_rs.main,
     "llama_cpp": llama_cpp.main,
     "recording": recording.main,
+    "guessing": guessing.main,
     "memory": memory.main,
 }
 # Each in a process of its own, in this order, with these options.
@@ -27,6 +28,7 @@ _ALL: tuple[tuple[str, ...], ...] = (
     ("requests",),
     ("adapters", "--counts", "2", "16"),
     ("recording",),
+    ("guessing",),
     ("reroute",),
     ("start",),
     ("memory",),
