@@ -43,12 +43,14 @@ class LlamaRows(RowReader):
 
     Args:
         model: A model that ``fits``.
+        triton: Whether Triton adds the experts' mixture on a CUDA device, in one kernel for all
+            layers of a projection instead of one product each.
 
     Raises:
         ModelError: If the model does not fit.
     """
 
-    def __init__(self, model: XLoraModel) -> None:
+    def __init__(self, model: XLoraModel, *, triton: bool = False) -> None:
         if not self.fits(model):
             raise ModelError(
                 f"{type(model.base_model).__name__} cannot be read by LlamaRows",
@@ -59,7 +61,8 @@ class LlamaRows(RowReader):
         self._head: nn.Linear = model.base_model.lm_head
         self._norm = rms_norm(backbone.norm)
         self._rotary = backbone.rotary_emb
-        self._blocks = [_Block(layer) for layer in _blocks(model)]
+        triton = triton and model.device.type == "cuda"
+        self._blocks = [_Block(layer, triton=triton) for layer in _blocks(model)]
         dtype = self._embedding.weight.dtype
         projections = [p for block in self._blocks for p in block.projections]
         self._rank_weights = RankWeights(projections, dtype)
@@ -136,9 +139,10 @@ class _Block:
 
     Args:
         layer: The model's decoder layer.
+        triton: As for ``FusedProjection``.
     """
 
-    def __init__(self, layer: Any) -> None:
+    def __init__(self, layer: Any, *, triton: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v, o = (getattr(attention, name) for name in _ATTENTION_LINEARS)
         gate, up, down = (getattr(mlp, name) for name in _MLP_LINEARS)
@@ -152,10 +156,10 @@ class _Block:
         self._n_heads = plain_layer(q).out_features // self._head_size
         self._kv_heads = plain_layer(k).out_features // self._head_size
         self._n_inner = plain_layer(gate).out_features
-        self._qkv = FusedProjection([q, k, v])
-        self._o = FusedProjection([o])
-        self._gate_up = FusedProjection([gate, up])
-        self._down = FusedProjection([down])
+        self._qkv = FusedProjection([q, k, v], triton=triton)
+        self._o = FusedProjection([o], triton=triton)
+        self._gate_up = FusedProjection([gate, up], triton=triton)
+        self._down = FusedProjection([down], triton=triton)
         self.projections = (self._qkv, self._o, self._gate_up, self._down)
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +31,8 @@ class FusedProjection:
     Args:
         layers: The layers, in the order of their outputs; plain or adapted ones over a plain
             ``nn.Linear``, all of one dtype on one device.
+        triton: Whether Triton adds the mixture, in one kernel for all layers; it needs a CUDA
+            device and the package.
 
     Attributes:
         weight: ``[out + R, in]``, R = sum of all experts' ranks of all layers.
@@ -39,7 +41,7 @@ class FusedProjection:
         out_features: Outputs of all layers together.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear | XLoraLinear]) -> None:
+    def __init__(self, layers: Sequence[nn.Linear | XLoraLinear], *, triton: bool = False) -> None:
         plain = [plain_layer(layer) for layer in layers]
         self.adapted = [layer for layer in layers if isinstance(layer, XLoraLinear)]
         self.out_features = sum(layer.out_features for layer in plain)
@@ -48,21 +50,20 @@ class FusedProjection:
         self.bias = _fused_bias(plain, self.weight.shape[0])
         self._base_weight = self.weight[: self.out_features]
         self._base_bias = None if self.bias is None else self.bias[: self.out_features]
-        self._parts: list[_Part] = []
+        outputs: list[slice] = []
+        ranks: list[slice] = []
         output = rank = 0
         for layer, base in zip(layers, plain, strict=True):
             if isinstance(layer, XLoraLinear):
                 n_ranks = layer.lora_A.shape[0]
-                self._parts.append(
-                    _Part(
-                        slice(output, output + base.out_features),
-                        slice(rank, rank + n_ranks),
-                        layer.lora_B.detach().t(),
-                    )
-                )
+                outputs.append(slice(output, output + base.out_features))
+                ranks.append(slice(rank, rank + n_ranks))
                 rank += n_ranks
             output += base.out_features
         self.n_ranks = rank
+        self._kernel = _triton_kernel(self.adapted, outputs, ranks) if triton and rank else None
+        expands = [layer.lora_B.detach().t() for layer in self.adapted]
+        self._parts = [_Part(*part) for part in zip(outputs, ranks, expands, strict=True)]
 
     def __call__(self, x: Tensor, weights: Tensor | None) -> Tensor:
         """Returns the layers' outputs side by side.
@@ -78,6 +79,9 @@ class FusedProjection:
         if weights is None or not self._parts:
             return linear_rows(x, self._base_weight, self._base_bias)
         y = linear_rows(x, self.weight, self.bias)
+        if self._kernel is not None:
+            self._kernel(y, weights, self.out_features)
+            return y[:, : self.out_features]
         adapted = y[: weights.shape[0]]
         # Row by row in memory, for the same reason as in `linear_rows`.
         shrunk = (adapted[:, self.out_features :] * weights).contiguous()
@@ -125,6 +129,14 @@ def plain_layer(layer: nn.Linear | XLoraLinear) -> nn.Linear:
     plain = layer.base_layer if isinstance(layer, XLoraLinear) else layer
     assert isinstance(plain, nn.Linear)
     return plain
+
+
+def _triton_kernel(
+    layers: Sequence[XLoraLinear], outputs: Sequence[slice], ranks: Sequence[slice]
+) -> Callable[[Tensor, Tensor, int], None]:
+    from xlora_core.rows.triton_expand import TritonExpand
+
+    return TritonExpand([layer.lora_B for layer in layers], outputs, ranks)
 
 
 def _fuse(parameters: Sequence[Tensor]) -> Tensor:
