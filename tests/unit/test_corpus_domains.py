@@ -312,7 +312,7 @@ PLAY = """\
 
 ### SCENE I. A heath.
 
-_Enter two Witches_
+*Enter two Witches*
 
 **First Witch**  \\
 {first}

@@ -45,6 +45,8 @@ def play_rows(play: str, markdown: str) -> Iterator[Row]:
     """
     title = title_of(play, markdown)
     text = re.sub(r"\*\*(.+?)\*\*", r"\1.", markdown).replace("\\", "")
+    # One play marks its stage directions by asterisks, the others by underscores.
+    text = re.sub(r"\*([^*]+)\*", r"_\1_", text)
     text = "\n".join(line.rstrip() for line in text.split("\n"))
     number = 0
     for scene in re.split(r"\n### [^\n]*\n", text):
