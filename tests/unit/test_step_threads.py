@@ -24,11 +24,12 @@ class Machine:
         self.n_threads = 8
         self.now = 0.0
         self.computed = 0.0
+        self.alone = 0.001  # what a product takes of a core, whoever else wants it
         self.n_products = 0
 
     def multiply(self) -> None:
         self.now += self.seconds[self.n_threads]
-        self.computed += 0.001  # alone, whoever else wants the core
+        self.computed += self.alone
         self.n_products += 1
 
     def set_num_threads(self, n: int) -> None:
@@ -82,7 +83,8 @@ def test_a_slow_probe_is_cut_short(monkeypatch: pytest.MonkeyPatch) -> None:
     before = of.n_products
     of.now += 10
     assert step(threads, of) == 1
-    assert of.n_products - before == 2  # one wakes the threads, one is too slow
+    alone = 4  # products that take 4 ms
+    assert of.n_products - before == alone + 2  # one wakes the threads, one is too slow
 
 
 def test_what_changes_is_noticed_at_the_next_probe(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +98,14 @@ def test_what_changes_is_noticed_at_the_next_probe(monkeypatch: pytest.MonkeyPat
     of.seconds[2] = 0.0006  # it has gone
     assert step(threads, of) == 1
     of.now += 1.1
+    assert step(threads, of) == 2
+
+
+def test_a_core_that_became_slower_is_the_new_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = machine(monkeypatch, {1: 0.001, 2: 0.0006})
+    threads = of.threads(2)
+    assert step(threads, of) == 2
+    of.seconds, of.alone, of.now = {1: 0.002, 2: 0.0012}, 0.002, of.now + 10
     assert step(threads, of) == 2
 
 

@@ -51,7 +51,7 @@ class StepThreads:
         self._n_threads = n_threads
         self._interval, self._shortest, self._longest = interval, interval, longest
         self._clock, self._thread_clock = clock, thread_clock
-        self._n_rounds, self._alone = 0, 0.0
+        self._n_rounds = 0  # of the work in a probe
         self._next_probe = -float("inf")
         self._chosen = n_threads
 
@@ -82,9 +82,7 @@ class StepThreads:
     def _choose(self) -> None:
         before = self._chosen
         try:
-            if not self._n_rounds:
-                self._time_alone()
-            fastest, self._chosen = self._alone, 1
+            fastest, self._chosen = self._seconds_alone(), 1
             for n in _counts(self._n_threads):
                 seconds = self._seconds(n, limit=fastest)
                 if seconds < fastest:
@@ -95,19 +93,22 @@ class StepThreads:
         self._interval = min(2 * self._interval, self._longest) if same else self._shortest
         self._next_probe = self._clock() + self._interval
 
-    def _time_alone(self) -> None:
-        """Finds how often the work fits into a probe on one thread, in its own time.
+    def _seconds_alone(self) -> float:
+        """Returns how long the probe takes on one thread, in that thread's own time.
 
         Time that others took from the thread does not count: more threads have to be better than
-        one that is left alone.
+        one that is left alone. Measured anew each time, since cores are not always equally fast.
         """
         torch.set_num_threads(1)
-        self._run_all()  # the first time reads memory and sets things up
-        start = self._thread_clock()
-        while self._alone < _PROBE_SECONDS:
+        if not self._n_rounds:
+            self._run_all()  # the first time reads memory and sets things up
+        start, seconds, n_rounds = self._thread_clock(), 0.0, 0
+        while n_rounds < self._n_rounds or (not self._n_rounds and seconds < _PROBE_SECONDS):
             self._run_all()
-            self._n_rounds += 1
-            self._alone = self._thread_clock() - start
+            n_rounds += 1
+            seconds = self._thread_clock() - start
+        self._n_rounds = n_rounds
+        return seconds
 
     def _run_all(self) -> None:
         for multiply in self._work:
@@ -139,7 +140,7 @@ def matrix_products(model: XLoraModel) -> list[Callable[[], Tensor]]:
 def _product(weight: Tensor) -> Callable[[], Tensor]:
     n_columns = weight.shape[1]
     rows = weight[: max(1, _MAX_ELEMENTS // n_columns)]
-    vectors = weight.new_ones(n_columns, 2)
+    vectors = weight.new_ones(2, n_columns).t()  # laid out as hidden states are
     return lambda: torch.mm(rows, vectors)
 
 
