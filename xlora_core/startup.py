@@ -1,4 +1,4 @@
-"""What a process does for itself when it starts to run a model. Needs no PyTorch.
+"""What a program does for itself where it starts and ends. Needs no PyTorch.
 
 For programs, such as the command line and the app; importing the library changes nothing.
 """
@@ -9,9 +9,6 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# What says how idle OpenMP threads wait; any of them is the user's own choice.
-_WAIT_VARIABLES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-
 
 @contextmanager
 def without_collector() -> Iterator[None]:
@@ -19,12 +16,20 @@ def without_collector() -> Iterator[None]:
 
     Such a block makes millions of objects and next to no garbage, and the collector would look
     through all of them again and again: a fifth of the time that PyTorch and transformers take
-    to import.
+    to import. What is there at the end counts as old, and is not looked through at once.
     """
     enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
+        if not gc.get_freeze_count():
+            gc.freeze()
+            gc.unfreeze()  # into the oldest generation
         if enabled:
             gc.enable()
+
+
+def leave_quickly() -> None:
+    """Spares a process that is about to end the search for garbage, of more than a second."""
+    gc.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import subprocess
 import sys
@@ -53,3 +54,37 @@ def test_commands_are_parsed_without_pytorch() -> None:
 def test_generating_needs_no_tables() -> None:
     statement = "import xlora_core.demo, xlora_core.engine"
     assert imported_by(statement) == {"torch", "transformers"}
+
+
+def test_what_was_made_meanwhile_is_old() -> None:
+    with without_collector():
+        made = [[] for _ in range(5000)]
+    old = {id(thing) for thing in gc.get_objects(generation=2)}
+    assert all(id(thing) in old for thing in made)
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_a_program_has_frozen_stays_so() -> None:
+    gc.freeze()
+    try:
+        n_frozen = gc.get_freeze_count()
+        with without_collector():
+            pass
+        assert gc.get_freeze_count() == n_frozen > 0
+    finally:
+        gc.unfreeze()
+
+
+def test_only_a_process_that_ends_with_a_command_leaves_its_garbage(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    left: list[bool] = []
+    main = importlib.import_module("xlora_core.cli.main")
+    monkeypatch.setattr(main, "leave_quickly", lambda: left.append(True))
+    monkeypatch.setattr(sys, "argv", ["xlora", "--help"])
+    with pytest.raises(SystemExit):
+        main.main(["--help"])
+    assert not left
+    with pytest.raises(SystemExit):
+        main.main()
+    assert left

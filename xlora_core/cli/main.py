@@ -18,6 +18,7 @@ from xlora_core.cli import (
     training,
 )
 from xlora_core.errors import XLoraError
+from xlora_core.startup import leave_quickly
 
 _DESCRIPTION = """\
 X-LoRA: a language model whose LoRA experts are mixed anew for every token.
@@ -52,7 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit status: 0; 2 for anything the user can mend, told on stderr; 130 after Ctrl-C.
     """
-    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv is None:
+        try:
+            return main(sys.argv[1:])
+        finally:
+            leave_quickly()
+    argv = list(argv)
     args = _parser().parse_args(argv, argparse.Namespace(argv=argv))
     try:
         status: int = args.run(args)
