@@ -58,6 +58,11 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=16, help="tokens a prompt (default: 16)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default: 2)")
     parser.add_argument(
+        "--their-dtype",
+        choices=sorted(_DTYPES),
+        help="of mistral.rs's weights (default: as ours)",
+    )
+    parser.add_argument(
         "--with-base",
         action="store_true",
         help="also time mistral.rs on the plain base model, without X-LoRA",
@@ -68,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
             Path(folder),
             base=demo_base_folder() if args.model == "demo" else Path(args.model),
             checkpoint=Path(args.checkpoint or DEMO_CHECKPOINT),
-            dtype=plain_dtype(args.dtype),
+            dtype=args.their_dtype or plain_dtype(args.dtype),
         )
         try:
             with ExitStack() as stack:
@@ -137,6 +142,7 @@ def measure(
     same = sum(row["same text"] == "yes" for row in rows)
     rows.append({"prompt": "all"} | _row(of) | {"same text": f"{same} of {len(words)}"})
     facts = model_facts(model) | {"mistralrs": other.facts["version"]}
+    facts |= {"its dtype": other.facts["dtype"]}
     facts |= {"tokens": n_tokens, "rounds": rounds}
     return Report(name="mistral_rs", method=METHOD, rows=rows, facts=facts)
 

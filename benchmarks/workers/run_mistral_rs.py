@@ -30,7 +30,7 @@ def main() -> None:
     else:
         which = mistralrs.Which.Plain(**model)
     runner = mistralrs.Runner(which=which, max_seqs=1)
-    _answer({"version": version("mistralrs")})
+    _answer({"version": version("mistralrs"), "dtype": settings["dtype"]})
     for line in sys.stdin:
         question = json.loads(line)
         completion = runner.send_completion_request(

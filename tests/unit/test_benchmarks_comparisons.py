@@ -48,7 +48,7 @@ class FakeProgram:
     """Another engine that answers like ours, but for what a test changes."""
 
     def __init__(self, engine: Engine, **changes: Any) -> None:
-        self.facts = {"version": "1.2.3"}
+        self.facts = {"version": "1.2.3", "dtype": "F32"}
         self._engine = engine
         self._changes = changes
 
