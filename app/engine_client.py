@@ -182,8 +182,7 @@ def shared_client() -> EngineClient:
         XLoraError: If the model cannot be loaded. Nothing is kept then: the next call tries again.
     """
     client = open_engine()
-    # Torch and the model are millions of objects that never die. Frozen, they no longer cost every
-    # collection hundreds of milliseconds.
-    gc.collect()
+    # Torch and the model are a million objects that never die, and little garbage. Frozen, they no
+    # longer cost every collection hundreds of milliseconds.
     gc.freeze()
     return client
