@@ -150,6 +150,20 @@ def test_products_of_large_matrices_stay_short() -> None:
     assert [product().shape for product in matrix_products(model)] == [(1048, 2)]
 
 
+def test_packed_and_absent_weights_are_left_out() -> None:
+    weights = [
+        torch.ones(4, 4, dtype=torch.int8),
+        torch.ones(4, 4).to(torch.float8_e4m3fn),
+        torch.ones(4, 4, device="meta"),
+        torch.ones(4, 4, 3, 3),
+        torch.ones(4, 6, dtype=torch.bfloat16),
+    ]
+    layers = [SimpleNamespace(weight=weight) for weight in weights]
+    model = SimpleNamespace(device=torch.device("cpu"), lora_layers=[SimpleNamespace(), *layers])
+    (product,) = matrix_products(model)
+    assert product().tolist() == [[6, 6]] * 4
+
+
 def test_a_gpu_has_no_use_for_threads() -> None:
     on_gpu = SimpleNamespace(device=torch.device("cuda:0"))
     assert matrix_products(on_gpu) == []

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 # A probe shall be long enough to meet another process on the same core, and short beside a step.
 _PROBE_SECONDS = 0.004
 _N_PRODUCTS = 32
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _MAX_ELEMENTS = 2**20  # of a product's matrix, so that a probe of a large model stays short
 
 
@@ -128,13 +129,19 @@ class StepThreads:
 
 
 def matrix_products(model: XLoraModel) -> list[Callable[[], Tensor]]:
-    """Returns products of rows of some of the model's own matrices; none if it is on a GPU."""
+    """Returns products of rows of some of the model's own matrices; none if it is on a GPU.
+
+    Weights that are packed, or rest elsewhere, are left out.
+    """
     if model.device.type != "cpu":
         return []
-    weights = (layer.weight for layer in model.lora_layers)
-    plain = [w.detach() for w in weights if w.dim() == 2 and w.is_floating_point()]
-    on_cpu = [weight for weight in plain if weight.device.type == "cpu"]
-    return [_product(weight) for weight in on_cpu[:_N_PRODUCTS]]
+    weights = (getattr(layer, "weight", None) for layer in model.lora_layers)
+    matrices = [w.detach() for w in weights if isinstance(w, Tensor) and _is_plain_matrix(w)]
+    return [_product(matrix) for matrix in matrices[:_N_PRODUCTS]]
+
+
+def _is_plain_matrix(weight: Tensor) -> bool:
+    return weight.dim() == 2 and weight.device.type == "cpu" and weight.dtype in _DTYPES
 
 
 def _product(weight: Tensor) -> Callable[[], Tensor]:
