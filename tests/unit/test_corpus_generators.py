@@ -13,22 +13,32 @@ import pytest
 from sample_data.build import environments
 from sample_data.build.domains import mathematics
 
-# A module named by its key draws a number; one fails every other time, one always.
+# One module orders objects by their hashes, one fails every other time, one always.
 MATHEMATICS = {
     "absl/__init__.py": "",
     "absl/flags.py": "def FLAGS(argv, known_only): pass\n",
     "mathematics_dataset/__init__.py": "",
     "mathematics_dataset/generate.py": "def sample_from_module(module): return module(), 0\n",
+    "mathematics_dataset/util/__init__.py": "",
+    "mathematics_dataset/util/composition.py": "class Entity:\n    pass\n",
     "mathematics_dataset/modules/__init__.py": "",
     "mathematics_dataset/modules/modules.py": """
 import random
 from collections import namedtuple
 import numpy as np
+from mathematics_dataset.util.composition import Entity
 
 Problem = namedtuple("Problem", "question answer")
 
 def add():
     return Problem(f"add {random.random()} {np.random.random()}", 1)
+
+def order():
+    parts = {}
+    for number in range(9):
+        parts[Entity()] = number
+        junk = [object() for _ in range(random.randrange(50))]
+    return Problem(f"order {[parts[part] for part in set(parts)]} {random.random()}", 3)
 
 def fickle():
     if random.random() < 0.5:
@@ -40,7 +50,12 @@ def broken():
 
 def train(entropy):
     assert entropy((0, 10)) == (0, 10)
-    return {"b": {"fickle": fickle}, "a": {"add": add}, "polynomials": {"add": broken}}
+    return {
+        "b": {"fickle": fickle},
+        "a": {"add": add},
+        "c": {"order": order},
+        "polynomials": {"add": broken},
+    }
 """,
 }
 REASONING = """
@@ -76,9 +91,9 @@ def test_every_module_gives_as_many_and_two_runs_the_same(stubs: Path) -> None:
     assert once.stdout == again.stdout
     exercises = [json.loads(line) for line in once.stdout.splitlines()]
     kinds = [exercise["question"].split()[0] for exercise in exercises]
-    assert kinds == ["add"] * 400 + ["fickle"] * 400
-    assert {exercise["answer"] for exercise in exercises} == {"1", "2"}
-    assert len({exercise["question"] for exercise in exercises}) == 800
+    assert kinds == ["add"] * 400 + ["fickle"] * 400 + ["order"] * 400
+    assert {exercise["answer"] for exercise in exercises} == {"1", "2", "3"}
+    assert len({exercise["question"] for exercise in exercises}) == 1200
 
 
 def test_a_module_that_never_works_is_no_endless_loop(stubs: Path) -> None:

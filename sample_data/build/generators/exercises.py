@@ -7,6 +7,7 @@ the wording, follows the hashes of strings.
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import sys
@@ -17,6 +18,7 @@ import numpy as np
 from absl import flags
 from mathematics_dataset import generate
 from mathematics_dataset.modules import modules
+from mathematics_dataset.util import composition
 
 _SEED = 11
 _PER_MODULE = 400
@@ -31,6 +33,7 @@ def exercises(per_module: int = _PER_MODULE) -> Iterator[dict[str, str]]:
     Every module is seeded by its name, so that one that draws more numbers changes no other.
     """
     flags.FLAGS([""], known_only=True)
+    _number_entities()
     for name, module in sorted(_flat(modules.train(_any_difficulty))):
         if name in _BROKEN:
             continue
@@ -50,6 +53,22 @@ def exercises(per_module: int = _PER_MODULE) -> Iterator[dict[str, str]]:
                 continue
             yield {"question": str(problem.question), "answer": str(problem.answer)}
             made += 1
+
+
+def _number_entities() -> None:
+    """Makes sets of a question's parts keep one order.
+
+    The package shuffles such a set, whose order follows the parts' hashes: addresses in memory,
+    other ones in every run.
+    """
+    numbers = itertools.count()
+
+    def number(entity: Any) -> int:
+        if "number" not in vars(entity):
+            entity.number = next(numbers)
+        return int(entity.number)
+
+    composition.Entity.__hash__ = number
 
 
 def _any_difficulty(entropies: tuple[float, float]) -> tuple[float, float]:
