@@ -23,6 +23,7 @@ MATHEMATICS = {
     "mathematics_dataset/util/composition.py": "class Entity:\n    pass\n",
     "mathematics_dataset/modules/__init__.py": "",
     "mathematics_dataset/modules/modules.py": """
+import os
 import random
 from collections import namedtuple
 import numpy as np
@@ -34,10 +35,11 @@ def add():
     return Problem(f"add {random.random()} {np.random.random()}", 1)
 
 def order():
-    parts = {}
+    parts, between = {}, []
     for number in range(9):
         parts[Entity()] = number
-        junk = [object() for _ in range(random.randrange(50))]
+        # Other addresses in every run.
+        between += [Entity() for _ in range(os.urandom(1)[0])]
     return Problem(f"order {[parts[part] for part in set(parts)]} {random.random()}", 3)
 
 def fickle():
