@@ -150,10 +150,19 @@ def test_one_set_of_scalings_serves_all_modules(model: XLoraModel) -> None:
     torch.testing.assert_close(reader.logits(hidden), expected, atol=1e-10, rtol=0)
 
 
-def test_rows_in_any_order_and_of_any_length(model: XLoraModel) -> None:
-    """Of rows far apart in number or length, each attends to its own places."""
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        {5: 3, 0: 90, 1: 88, 3: 4, 6: 70, 4: 89, 2: 2},
+        {4: 8, 0: 9, 2: 7},
+        {1: 5, 3: 5},
+        {0: 6, 1: 6, 2: 6},
+    ],
+    ids=["far_apart", "every_second", "alike", "one_after_another"],
+)
+def test_rows_in_any_order_and_of_any_length(model: XLoraModel, lengths: dict[int, int]) -> None:
+    """Row -> length: rows that attend in one call, and rows that cannot."""
     reader = LlamaRows(model)
-    lengths = {5: 3, 0: 90, 1: 88, 3: 4, 6: 70, 4: 89, 2: 2}
     texts = [
         random_text(model, row, n, adapted=row % 2 == 0, seed=row) for row, n in lengths.items()
     ]

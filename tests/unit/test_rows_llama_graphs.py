@@ -101,6 +101,19 @@ def test_a_grown_cache_is_recorded_anew(
     assert_as_alone(model, reader, text, 1e-10)
 
 
+def test_new_rows_are_recorded_anew(
+    model: XLoraModel, reader: LlamaRows, recorder: Recorder
+) -> None:
+    """The tensors that the recording wrote to are gone."""
+    reader.cache.grow(1, 16)
+    text = random_text(model, 0, 9, adapted=True)
+    for n_rows in (1, 1, 2, 2, 3):
+        reader.cache.grow(n_rows, 16)
+        read_on(reader, [(text, 1)])
+    assert recorder.n_recorded == 3
+    assert_as_alone(model, reader, text, 1e-10)
+
+
 def test_long_texts_are_looked_at_in_powers_of_two(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model: XLoraModel, recorder: Recorder
 ) -> None:
