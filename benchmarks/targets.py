@@ -20,7 +20,7 @@ class Target:
 
     Attributes:
         what: What is compared.
-        benchmark: Whose report holds it.
+        benchmark: Whose report holds it; with its options if it is not the first of its name.
         limits: What each figure may be at most, or has to be at least.
         figures: The figures of the report's rows; as many as limits, None where not measured.
         at_least: Whether the limits are lower ones.
@@ -102,8 +102,15 @@ TARGETS = (
         at_least=True,
     ),
     Target(
-        what="routed tokens per second / mistral.rs's X-LoRA, same dtype",
+        what="routed tokens per second / mistral.rs's X-LoRA, both float32",
         benchmark="mistral_rs",
+        limits=(10,),
+        figures=_nth("routed/mistral.rs", -1),
+        at_least=True,
+    ),
+    Target(
+        what="the same, both float16, in which mistral.rs is fastest",
+        benchmark="mistral_rs --dtype float16",
         limits=(10,),
         figures=_nth("routed/mistral.rs", -1),
         at_least=True,
@@ -168,7 +175,7 @@ def target_report(documents: Mapping[str, Mapping[str, Any]]) -> Report:
     """Returns the table of targets.
 
     Args:
-        documents: Benchmark -> its JSON document.
+        documents: Benchmark, named as in ``Target.benchmark`` -> its JSON document.
     """
     rows = [target.row(documents.get(target.benchmark)) for target in TARGETS]
     method = "What was aimed at, and what was measured; the figures are those of the tables above."

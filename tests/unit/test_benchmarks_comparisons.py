@@ -116,7 +116,7 @@ def test_what_was_not_measured_says_so() -> None:
 def test_every_target_names_a_benchmark_there_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     usage = capsys.readouterr().err
-    assert all(target.benchmark in usage for target in TARGETS)
+    assert all(target.benchmark.split()[0] in usage for target in TARGETS)
     assert main(["no-such"]) == 2
 
 
