@@ -38,12 +38,24 @@ _ALL: tuple[tuple[str, ...], ...] = (
     ("mistral_rs", "--dtype", "float16"),  # in which mistral.rs is fastest on a CPU
     ("llama_cpp",),
 )
+# Fewer texts, tokens and rounds, for a first impression.
+_QUICK = {
+    "decode": ("--tokens", "24", "--texts", "1", "--rounds", "1"),
+    "arms": ("--texts", "2", "--rounds", "2"),
+    "requests": ("--counts", "1", "8", "--tokens", "32", "--rounds", "1"),
+    "adapters": ("--texts", "1", "--rounds", "2"),
+    "recording": ("--tokens", "32", "--texts", "1"),
+    "start": ("--rounds", "1"),
+    "peft_xlora": ("--texts", "1", "--rounds", "1"),
+    "mistral_rs": ("--tokens", "8", "--rounds", "1"),
+    "llama_cpp": ("--texts", "1", "--rounds", "2"),
+}
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs ``[NAME] [OPTIONS]``; without a name every benchmark runs with its defaults."""
-    if not argv:
-        return _run_all()
+    """Runs ``[NAME] [OPTIONS]``; all benchmarks without a name, shorter ones for ``--quick``."""
+    if not argv or list(argv) == ["--quick"]:
+        return _run_all(quick=bool(argv))
     name, *rest = argv
     if name in _OWN:
         _OWN[name](rest)
@@ -51,22 +63,27 @@ def main(argv: Sequence[str]) -> int:
     if name in {line[0] for line in _ALL}:
         return xlora(["bench", name, *rest])
     names = "|".join(dict.fromkeys(line[0] for line in _ALL))
-    print(f"usage: python -m benchmarks [{names}] [--help]", file=sys.stderr)
+    print(f"usage: python -m benchmarks [--quick] [{names}] [--help]", file=sys.stderr)
     return 0 if name in ("-h", "--help") else 2
 
 
-def _run_all() -> int:
+def _run_all(*, quick: bool) -> int:
     documents: dict[str, Any] = {}
     with TemporaryDirectory() as folder:
         for n, (name, *given) in enumerate(_ALL):
-            print(f"\n## {' '.join([name, *given])}\n", flush=True)
+            label = " ".join([name, *given])
+            shorter = _QUICK.get(name, ()) if quick else ()
+            print(f"\n## {label}\n", flush=True)
             output = Path(folder) / f"{n}.json"
             subprocess.run(
-                [sys.executable, "-m", "benchmarks", name, *given, "--output", str(output)],
+                [
+                    *(sys.executable, "-m", "benchmarks"),
+                    *(name, *given, *shorter, "--output", str(output)),
+                ],
                 check=False,  # a benchmark that cannot run says why; the others go on
             )
             if output.exists():
-                key = " ".join([name, *given]) if name in documents else name
+                key = label if name in documents else name
                 documents[key] = json.loads(output.read_text(encoding="utf-8"))
     print(f"\n## targets\n\n{targets.target_report(documents).table()}")
     return 0
