@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -151,3 +152,19 @@ def test_siblings_and_chunks_take_the_plain_way(
     read_on(reader, [(text, 1)])
     assert recorder.n_recorded == 1
     assert_as_alone(model, reader, text, 1e-10)
+
+
+def test_compiled_steps_are_each_text_alone(
+    model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The compiler's tracing alone, which needs no C++ compiler and changes no rounding."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    reader = LlamaRows(model, compiled=True)
+    reader.cache.grow(6, 64)
+    texts = texts_of(model)
+    read_on(reader, [(text, text.n_left - 4) for text in texts])
+    for _ in range(4):
+        read_on(reader, [(text, 1) for text in texts])
+    for text in texts:
+        assert_as_alone(model, reader, text, 1e-10)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1

@@ -1,6 +1,6 @@
-"""Steps over single tokens whose inputs lie at fixed addresses, for CUDA graphs to replay.
+"""Steps over single tokens whose inputs lie at fixed addresses, to be recorded once.
 
-A graph replays the same kernels on the same memory. So what a step depends on, which rows are
+A CUDA graph replays the same kernels on the same memory. So what a step depends on, which rows are
 read, where they are and with which scalings, must lie in tensors that stay, and no size may
 follow the texts: attention sees the rows as one rectangle with a mask.
 """
@@ -169,5 +169,19 @@ def cuda_recorder(device: torch.device) -> Record:
             return result
 
         return replay
+
+    return record
+
+
+def compiling_recorder() -> Record:
+    """Returns what compiles steps with ``torch.compile``, which fuses their small operations.
+
+    Every number of rows is compiled on its own, all blocks at once: minutes for a model of 30
+    blocks. After eight of them the compiler gives up and the others run as they are.
+    """
+
+    def record(run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        compiled: Callable[[], Tensor] = torch.compile(run, dynamic=False)
+        return compiled
 
     return record

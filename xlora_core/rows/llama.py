@@ -19,7 +19,13 @@ from xlora_core.model import XLoraModel
 from xlora_core.rows.attention import AttentionPlan
 from xlora_core.rows.batch import RowBatch
 from xlora_core.rows.cache import BlockShape, RowCache
-from xlora_core.rows.graphs import RecordedSteps, RectanglePlan, cuda_recorder
+from xlora_core.rows.graphs import (
+    Record,
+    RecordedSteps,
+    RectanglePlan,
+    compiling_recorder,
+    cuda_recorder,
+)
 from xlora_core.rows.norm import rms_norm
 from xlora_core.rows.projection import FusedProjection, RankWeights, plain_layer
 from xlora_core.rows.reader import RowReader
@@ -45,12 +51,14 @@ class LlamaRows(RowReader):
         model: A model that ``fits``.
         triton: Whether Triton adds the experts' mixture on a CUDA device, in one kernel for all
             layers of a projection instead of one product each.
+        compiled: Whether steps over single tokens are compiled, see ``compiling_recorder`` for
+            what that costs; on a CUDA device they are graphs otherwise.
 
     Raises:
         ModelError: If the model does not fit.
     """
 
-    def __init__(self, model: XLoraModel, *, triton: bool = False) -> None:
+    def __init__(self, model: XLoraModel, *, triton: bool = False, compiled: bool = False) -> None:
         if not self.fits(model):
             raise ModelError(
                 f"{type(model.base_model).__name__} cannot be read by LlamaRows",
@@ -68,9 +76,12 @@ class LlamaRows(RowReader):
         self._rank_weights = RankWeights(projections, dtype)
         shapes = [block.cache_shape for block in self._blocks]
         self.cache = RowCache(shapes, dtype=dtype, device=model.device)
-        self._recorded: RecordedSteps | None = None
-        if model.device.type == "cuda":
-            self._recorded = RecordedSteps(self._run, self.cache, cuda_recorder(model.device))
+        record: Record | None = None
+        if compiled:
+            record = compiling_recorder()
+        elif model.device.type == "cuda":
+            record = cuda_recorder(model.device)
+        self._recorded = record and RecordedSteps(self._run, self.cache, record)
 
     @classmethod
     def fits(cls, model: XLoraModel) -> bool:
