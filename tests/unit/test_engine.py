@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from tests.pacer import Pacer
 from tests.tiny_chat import EXPERTS, tiny_chat_base, tiny_chat_xlora, tiny_tokenizer
@@ -361,3 +362,36 @@ def test_a_record_can_be_watched_while_it_grows(
     pacer.release()
     assert len(handle.wait().tracks[0].token_ids) == len(PROMPT_IDS) + N_NEW
     assert len(snapshot.tracks[0].token_ids) == len(PROMPT_IDS) + 3  # a snapshot stays
+
+
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_a_prompt_is_read_whole_where_positions_follow_its_length(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rope: str, batched: bool
+) -> None:
+    """As Hugging Face reads it; in parts, its first tokens would stand at other positions."""
+    monkeypatch.setattr(scheduler, "PREFILL_TOKENS", 4)
+    half = tiny_chat_base().config.head_dim // 2
+    parameters: dict[str, object] = {"rope_type": rope, "rope_theta": 10000.0, "factor": 4.0}
+    if rope == "longrope":
+        parameters |= {
+            "short_factor": [1.0] * half,
+            "long_factor": [4.0] * half,
+            "original_max_position_embeddings": 8,
+        }
+    model = tiny_chat_xlora(tmp_path)
+    config = model.base_model.config
+    config.rope_parameters = parameters
+    config.original_max_position_embeddings = 8
+    config.max_position_embeddings = 8 if rope == "dynamic" else 128
+    model.base_model.model.rotary_emb = LlamaRotaryEmbedding(config)
+    config.max_position_embeddings = 128
+    assert len(PROMPT_IDS) > 8
+    with Engine(model, TOKENIZER, batched=batched) as engine:
+        run = engine.run(PROMPT, sampling=SamplingParams(max_new_tokens=1))
+    expected = full_logits(model, PROMPT_IDS)[-1]
+    written = int(run.tracks[0].token_ids[-1])
+    assert written == int(expected.argmax())
+    np.testing.assert_allclose(
+        run.tracks[0].logprob[-1], torch.log_softmax(expected, -1)[written].item(), atol=1e-4
+    )

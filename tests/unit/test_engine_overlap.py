@@ -81,4 +81,24 @@ def test_it_changes_its_mind_when_guesses_get_better() -> None:
     for _ in range(MANY):
         overlap.guessed(hit=True)
     assert overlap.guesses(1) == 1
-    assert overlap.hit_rate == pytest.approx(1.0, abs=1e-3)
+
+
+def test_one_slow_step_decides_nothing() -> None:
+    overlap = Overlap("auto")
+    for n_tokens in (1, 2):
+        overlap.took(n_tokens, 100.0 * n_tokens)  # the first step of a size sets things up
+    for _ in range(8):
+        overlap.took(1, 1.0)
+        overlap.took(2, 1.1)
+    overlap.took(2, 50.0)
+    assert overlap.guesses(1) == 1
+
+
+def test_where_it_did_not_pay_it_is_tried_again_now_and_then() -> None:
+    """Without guesses there are no steps of twice the rows, and nothing to learn that from."""
+    overlap = overlap_of(0.75, {1: 1.0, 2: 10.0})
+    tried = [overlap.guesses(1) for _ in range(200)]
+    assert sum(tried) == 3
+    for _ in range(8):
+        overlap.took(2, 1.1)  # whatever kept the machine busy is gone
+    assert overlap.guesses(1) == 1

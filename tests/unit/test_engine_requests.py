@@ -174,6 +174,24 @@ def test_leaving_a_loop_over_a_stream_cancels(engine: Engine, pacer: Pacer) -> N
     assert handle.state == "cancelled"
 
 
+def test_a_stream_that_is_dropped_waits_for_no_lock(engine: Engine, pacer: Pacer) -> None:
+    """The collector drops objects wherever it runs, also where another thread holds all locks."""
+    running = engine.submit(PROMPT, sampling=SHORT)
+    pacer.hold()
+    stream = engine.stream(PROMPT, sampling=SHORT)
+    handle = stream.handle
+    dropped = threading.Thread(target=stream.__del__)
+    with engine._changed, handle._request._changed:
+        dropped.start()
+        dropped.join(PATIENCE)
+        assert not dropped.is_alive()
+    pacer.release()
+    assert running.wait(PATIENCE).tracks[0].finish_reason == "length"
+    with pytest.raises(EngineError, match="ended before it started"):
+        handle.wait(PATIENCE)
+    assert handle.state == "cancelled"
+
+
 def test_watching_the_events_of_a_handle_cancels_nothing(engine: Engine) -> None:
     handle = engine.submit(PROMPT, sampling=SHORT)
     next(iter(handle.events()))

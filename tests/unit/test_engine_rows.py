@@ -13,7 +13,14 @@ import torch
 from tests.lone_rows import LoneRows
 from tests.tiny_chat import tiny_chat_xlora, tiny_tokenizer
 from xlora_core.config import Arm, RoutingKnobs, SamplingParams
-from xlora_core.engine import ArmFinished, Engine, Finished, TokenEvent, scheduler
+from xlora_core.engine import (
+    ArmFinished,
+    Engine,
+    Finished,
+    RequestHandle,
+    TokenEvent,
+    scheduler,
+)
 from xlora_core.errors import ConfigError, EngineError
 from xlora_core.model import XLoraModel
 from xlora_core.recording import Run
@@ -25,6 +32,7 @@ PROMPT_IDS = TOKENIZER(PROMPT)["input_ids"]
 N_PROMPT = len(PROMPT_IDS)
 N_NEW = 10
 GREEDY = SamplingParams(max_new_tokens=N_NEW)
+SHORT = SamplingParams(max_new_tokens=3)
 SAMPLED = SamplingParams(max_new_tokens=N_NEW, temperature=1.2, top_p=0.9, seed=3)
 PENALISED = SamplingParams(max_new_tokens=N_NEW, temperature=0.8, repetition_penalty=1.4, seed=5)
 ARMS = (
@@ -246,6 +254,24 @@ def test_a_broken_text_leaves_nothing_in_its_rows(model: XLoraModel) -> None:
         assert running.wait(PATIENCE).tracks[0].finish_reason in ("stop", "length")
 
 
+def test_a_broken_expert_reaches_nobody_elses_rows(tmp_path: Path) -> None:
+    """By the real reader: it has base rows at 0 beside adapted ones, and 0 times NaN is NaN."""
+    model = tiny_chat_xlora(tmp_path)
+    last_rank = model.lora_layers[-1].lora_B.detach()[:, -1]  # of the last adapter, verse
+    with Engine(model, TOKENIZER, max_active=2) as engine:
+        expected = engine.run(PROMPT, [Arm.base(), Arm.expert("math")], SHORT)
+        last_rank.fill_(torch.nan)
+        arms = [Arm.base(), Arm.expert("verse"), Arm.expert("math")]
+        with pytest.raises(EngineError, match=r"arm 1 \(expert:verse\), after \d+ tokens"):
+            engine.run(PROMPT, arms, SHORT)
+        bad = engine.submit(PROMPT, [Arm.expert("verse")], SHORT)
+        good = engine.submit(PROMPT, [Arm.base()], SHORT)
+        with pytest.raises(EngineError, match=r"arm 0 \(expert:verse\)"):
+            bad.wait(PATIENCE)
+        written = good.wait(PATIENCE).tracks[0].token_ids
+    assert written.tolist() == expected.tracks[0].token_ids.tolist()
+
+
 # -------------------------------------------------------------------- requests side by side
 
 
@@ -335,6 +361,41 @@ def test_knobs_change_from_the_next_token_on(
     np.testing.assert_array_equal(track.global_weight[changed:], 2.0)
 
 
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_knobs_act_on_the_scaling_pass_that_ran_with_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overlap: str
+) -> None:
+    """Of another constant than 0: a token's knobs are those that its scaling pass ran with."""
+    model = tiny_chat_xlora(tmp_path, scaling_pass_value=0.5).double()
+    reader = Steps(model)
+    monkeypatch.setattr(opening, "open_rows", lambda _: reader)
+    weights = iter(0.5 + 0.25 * i for i in range(1000))
+    with Engine(model, TOKENIZER, overlap=overlap) as engine:  # type: ignore[arg-type]  # a mode
+        handles: list[RequestHandle] = []
+        submitted = threading.Event()
+
+        def turn_knobs(_: RowBatch) -> None:  # before every read, so a request that waits for
+            submitted.wait(PATIENCE)  # them to rest would never go on
+            handles[0].set_knobs(0, RoutingKnobs(global_weight=next(weights)))
+
+        reader.before = turn_knobs
+        handles.append(engine.submit(PROMPT, [Arm.routed()], GREEDY))
+        submitted.set()
+        track = handles[0].wait(PATIENCE).tracks[0]
+    assert len(set(track.global_weight.tolist())) >= N_NEW
+    assert len(track.token_ids) == N_PROMPT + N_NEW
+    # Every token anew, one after another, each pass with the knobs that the record says it had.
+    cache = model.new_cache()
+    with torch.no_grad():
+        places = [(0, N_PROMPT), *((n, n + 1) for n in range(N_PROMPT, N_PROMPT + N_NEW - 1))]
+        for start, stop in places:
+            assert len(set(track.global_weight[start:stop].tolist())) == 1
+            knobs = RoutingKnobs(global_weight=float(track.global_weight[start]))
+            ids = torch.tensor([track.token_ids[start:stop].tolist()])
+            output = model(input_ids=ids, past_key_values=cache, knobs=knobs)
+            assert int(output.logits[0, -1].argmax()) == track.token_ids[stop]
+
+
 def test_a_cancelled_request_ends_within_a_token(model: XLoraModel, reader: Steps) -> None:
     gate = Gate(reader)
     with Engine(model, TOKENIZER) as engine:
@@ -417,6 +478,7 @@ def test_closing_while_requests_run(model: XLoraModel, reader: Steps) -> None:
     engine = Engine(model, TOKENIZER, max_active=2)
     handles = [engine.submit(PROMPT, sampling=GREEDY) for _ in range(3)]
     gate.hold()
+    gate.step(3)  # two of them run by now
     closing = threading.Thread(target=engine.close)
     closing.start()
     gate.open()

@@ -62,7 +62,7 @@ class Admission:
     runs. While it grows, the old block and the new one are there together. Caches of their own
     simply add up.
 
-    There are no locks inside: whoever owns it holds one of its own around every call.
+    ``check`` may be called by any thread, the rest by the engine's.
 
     Args:
         budget: What there is.

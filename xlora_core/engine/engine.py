@@ -23,7 +23,12 @@ from xlora_core.engine.requests import Request
 from xlora_core.engine.row_runner import RowRunner
 from xlora_core.engine.runner import Runner
 from xlora_core.engine.scheduler import Scheduler
-from xlora_core.engine.serving import check_serves, checked_arms, stop_token_ids
+from xlora_core.engine.serving import (
+    check_serves,
+    checked_arms,
+    positions_follow_length,
+    stop_token_ids,
+)
 from xlora_core.engine.step_threads import StepThreads
 from xlora_core.engine.turns import TurnRunner
 from xlora_core.engine.watchdog import Watchdog
@@ -121,6 +126,7 @@ class Engine:
             if memory_bytes is None
             else MemoryBudget(memory_bytes),
             max_seconds=self._limits.max_seconds,
+            whole_prompts=positions_follow_length(model),
         )
         self._changed = threading.Condition()
         self._queue: FairQueue[Request] = FairQueue(max_queue)
@@ -328,7 +334,6 @@ class Engine:
                 request.ask_to_cancel()
 
     def _announce_positions(self) -> None:
-        # A copy: the collector may drop a stream right here, which cancels its request.
         waiting = list(self._queue)
         told = zip(waiting, self._waits(waiting), strict=True)
         for position, (request, seconds) in enumerate(told, start=1):
@@ -347,7 +352,7 @@ class Engine:
             self._watchdog.run(self._work)
         finally:
             # Whatever ends the thread, nobody is left to wait for ever.
-            with self._changed:
+            with self._changed, torch.inference_mode():  # as the rows that are erased now
                 self._closed = True
                 self._scheduler.fail_all(closed_error("while this request ran"))
                 for request in self._queue.clear():
@@ -367,6 +372,9 @@ class Engine:
             self._changed.wait_for(
                 lambda: len(self._queue) or self._scheduler.n_active or self._closed
             )
+            for waiting in list(self._queue):
+                if waiting.cancelled:  # whoever asked for it is gone
+                    self._cancel(waiting)
         while (request := self._next_request()) is not None:
             with self._watchdog.step():
                 self._scheduler.admit(request)

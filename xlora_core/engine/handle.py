@@ -86,6 +86,10 @@ class RequestHandle:
         """Stops the request within one token; a queued one leaves the queue at once."""
         self._cancel(self._request)
 
+    def drop(self) -> None:
+        """Stops the request as ``cancel`` does, at the engine's next step; never waits."""
+        self._request.drop()
+
     def set_knobs(self, arm: int, knobs: RoutingKnobs) -> bool:
         """Sets a routed arm's knobs from the next token that the model reads.
 
@@ -157,4 +161,4 @@ class EventStream(Iterator[Event]):
         self.close()
 
     def __del__(self) -> None:
-        self.close()
+        self.handle.drop()

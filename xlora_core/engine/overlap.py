@@ -7,6 +7,7 @@ nothing. A wrong guess is read for nothing, and the scaling pass runs again.
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Literal
 
 OverlapMode = Literal["auto", "on", "off"]
@@ -15,7 +16,12 @@ OVERLAP_MODES = ("auto", "on", "off")
 # What base and mixture were found to agree on; measurements soon take its place.
 _FIRST_HIT_RATE = 0.8
 _HIT_WEIGHT = 1 / 64
-_COST_WEIGHT = 1 / 8
+# Steps of one size that are remembered; the quietest counts, since other work only adds time. Fewer
+# than three say nothing: the first ones are slow.
+_N_REMEMBERED = 8
+_FEWEST = 3
+# Steps without guesses after which one guesses again, to see whether it still does not pay.
+_PAUSE = 64
 
 
 class Overlap:
@@ -34,17 +40,17 @@ class Overlap:
         self.mode = mode
         self.n_siblings = n_siblings
         self._hit_rate = _FIRST_HIT_RATE
-        self._seconds: dict[int, float] = {}
-
-    @property
-    def hit_rate(self) -> float:
-        """Share of guesses that were right, the latest counting most."""
-        return self._hit_rate
+        self._seconds: dict[int, deque[float]] = {}
+        self._n_without = 0
 
     def guesses(self, n_arms: int) -> int:
         """Returns how many guesses each of n routed arms had better read; 0 for none."""
-        if self.mode == "off" or (self.mode == "auto" and not self._pays(n_arms)):
+        if self.mode == "off":
             return 0
+        if self.mode == "auto" and not self._pays(n_arms):
+            self._n_without += 1
+            if self._n_without % _PAUSE:
+                return 0
         return self.n_siblings
 
     def guessed(self, *, hit: bool) -> None:
@@ -53,8 +59,7 @@ class Overlap:
 
     def took(self, n_tokens: int, seconds: float) -> None:
         """Notes what a decode step over n tokens took."""
-        known = self._seconds.get(n_tokens, seconds)
-        self._seconds[n_tokens] = known + _COST_WEIGHT * (seconds - known)
+        self._seconds.setdefault(n_tokens, deque(maxlen=_N_REMEMBERED)).append(seconds)
 
     def _pays(self, n_arms: int) -> bool:
         alone, together = self._cost(n_arms), self._cost((1 + self.n_siblings) * n_arms)
@@ -63,8 +68,9 @@ class Overlap:
         return self._hit_rate > together / alone - 1
 
     def _cost(self, n_tokens: int) -> float | None:
-        """Returns the seconds of a step of nearly so many tokens; None if there was none."""
-        if not self._seconds:
+        """Returns the seconds of a step of nearly so many tokens; None if too few are known."""
+        known = {n: of for n, of in self._seconds.items() if len(of) >= _FEWEST}
+        if not known:
             return None
-        nearest = min(self._seconds, key=lambda n: abs(n - n_tokens))
-        return self._seconds[nearest] if abs(nearest - n_tokens) * 4 <= n_tokens else None
+        nearest = min(known, key=lambda n: abs(n - n_tokens))
+        return min(known[nearest]) if abs(nearest - n_tokens) * 4 <= n_tokens else None

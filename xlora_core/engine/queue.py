@@ -26,10 +26,8 @@ class FairQueue(Generic[_Item]):
     A client whose request does not fit yet (see ``take``) may be overtaken by clients after it,
     but only ``max_overtaken`` times: then everybody waits for it. Within a client nobody overtakes.
 
-    There are no locks inside: whoever owns the queue holds one of its own around every call. The
-    only thing that may happen within a call is a removal, by the same thread: the collector may
-    drop somebody's interest in a request anywhere. So every walk through the queue is one through
-    a copy.
+    There are no locks inside: whoever owns the queue holds one of its own around every call.
+    Walking through the queue leaves it free to be changed.
 
     Args:
         max_size: Most requests that wait, >= 1.

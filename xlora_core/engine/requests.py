@@ -51,6 +51,7 @@ class Request:
         self._recorder: RunRecorder | None = None
         self._error: XLoraError | None = None
         self._cancelled = False
+        self._dropped = False
         self._n_changes = 0
 
     # ---------------------------------------------------------------- watching
@@ -76,9 +77,9 @@ class Request:
 
     @property
     def cancelled(self) -> bool:
-        """Whether someone asked to stop."""
+        """Whether someone asked to stop, or nobody listens any more."""
         with self._changed:
-            return self._cancelled
+            return self._cancelled or self._dropped
 
     @property
     def ended(self) -> bool:
@@ -133,6 +134,14 @@ class Request:
         with self._changed:
             self._cancelled = True
 
+    def drop(self) -> None:
+        """Asks the same for somebody who is gone: takes no lock.
+
+        The collector may drop an object anywhere, also where its thread holds a lock that another
+        one, which holds this lock, waits for.
+        """
+        self._dropped = True
+
     # ---------------------------------------------------------------- the engine's side
 
     def emit(self, event: Event) -> None:
@@ -180,7 +189,7 @@ class Request:
     def finish(self) -> None:
         """Ends the request as done, or as cancelled if that was asked for."""
         with self._changed:
-            self._end("cancelled" if self._cancelled else "done")
+            self._end("cancelled" if self.cancelled else "done")
 
     def finish_as_cancelled(self) -> None:
         """Ends the request as cancelled; one that never started has no run."""

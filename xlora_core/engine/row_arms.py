@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xlora_core.config import RoutingKnobs
 from xlora_core.engine.row_step import RowRead, RowResult
+from xlora_core.engine.runner import check_router_logits
 from xlora_core.engine.tracks import ArmTrack
 from xlora_core.rows import Segment
 
@@ -25,8 +26,7 @@ class Ahead:
         router_logits: ``[1, L or 1, K]``.
         lm_logits: ``[V]``, the language model's logits of the scaling pass after that token; None
             if nobody wanted them.
-        knobs: What the scaling pass ran with; they matter to it for a ``scaling_pass_value``
-            other than 0.
+        knobs: What the scaling pass ran with.
     """
 
     router_logits: Tensor
@@ -92,11 +92,7 @@ class RowArm:
     @property
     def needs_scaling_pass(self) -> bool:
         """Whether the unread token must go through the scaling pass before the arm reads it."""
-        if not self.is_routed:
-            return False
-        if self.ahead is None:
-            return True
-        return not self._scaling_pass_is_base and self.ahead.knobs != self.track.knobs
+        return self.is_routed and self.ahead is None
 
     # ---------------------------------------------------------------- what it reads
 
@@ -135,8 +131,8 @@ class RowArm:
             n_logits: Of how many of its last tokens logits are wanted.
         """
         scalings = self._constant
-        if router_logits is not None:
-            self._knobs = self.track.knobs
+        if router_logits is not None and self.ahead is not None:
+            self._knobs = self._knobs_of(self.ahead)
             scalings = self._model.route(router_logits[None], self._knobs)[0]
         return RowRead(
             segment=Segment(row=self.row, start=start, n=len(token_ids)),
@@ -170,11 +166,20 @@ class RowArm:
             n_logits=len(self._guessed),
         )
 
+    def _knobs_of(self, ahead: Ahead) -> RoutingKnobs:
+        """Returns the knobs that are in force for the token that was looked ahead at.
+
+        With a ``scaling_pass_value`` other than 0, top-k and global weight act on the scaling
+        pass, too, so they are those that it ran with.
+        """
+        return self.track.knobs if self._scaling_pass_is_base else ahead.knobs
+
     # ---------------------------------------------------------------- what came of it
 
     def looked_ahead(self, result: RowResult) -> None:
         """Takes in the scaling pass over the unread token, or over tokens up to it."""
         assert result.router_logits is not None
+        check_router_logits(result.router_logits)
         self.ahead = Ahead(
             router_logits=result.router_logits[-1:],
             lm_logits=None if result.logits is None else result.logits[-1],
@@ -219,6 +224,7 @@ class RowArm:
             self.track.count_guess(hit=hit)
             if hit and result.router_logits is not None and result.logits is not None:
                 which = self._guessed.index(token) if token is not None else 0
+                check_router_logits(result.router_logits[which])
                 cache.keep(read.segment, which)
                 self.ahead = Ahead(
                     router_logits=result.router_logits[which : which + 1],
@@ -230,7 +236,6 @@ class RowArm:
     def close(self) -> None:
         """Closes an arm that has ended, with the routing of its last token if it is known."""
         if self.ahead is not None and self.track.unread is not None:
-            self.track.record_routing(
-                self.track.n_tokens - 1, self.ahead.router_logits, self.track.knobs
-            )
+            self._knobs = self._knobs_of(self.ahead)
+            self.record_token_routing()
         self.track.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -23,6 +24,8 @@ from xlora_core.rows import RowReader
 
 if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
+
+_logger = logging.getLogger(__name__)
 
 # Positions that the cache grows by: growing copies what is there.
 _TOKEN_BLOCK = 256
@@ -49,6 +52,7 @@ class RowRunner(Runner):
         self._overlap = overlap
         self._arms: dict[ActiveRequest, list[RowArm]] = {}
         self._free: list[int] = []
+        self._told: set[type[Exception]] = set()
 
     # ---------------------------------------------------------------- rows
 
@@ -111,7 +115,7 @@ class RowRunner(Runner):
 
     # ---------------------------------------------------------------- prompts
 
-    def prefill(self, active: ActiveRequest, n: int) -> None:
+    def prefill(self, active: ActiveRequest, n: int | None) -> None:
         """Reads the next part of a prompt; after the last, every arm writes its first token."""
         arms = self._arms[active]
         prefill = RowPrefill(
@@ -121,7 +125,8 @@ class RowRunner(Runner):
             shares_scaling_pass=self._model.config_xlora.scaling_pass_value == 0,
         )
         start = active.n_read
-        chunk = list(active.prompt[start : start + max(1, n // prefill.n_passes)])
+        stop = None if n is None else start + max(1, n // prefill.n_passes)
+        chunk = list(active.prompt[start:stop])
         for arm in arms:
             arm.track.read_prompt(chunk)
         if start + len(chunk) < len(active.prompt):
@@ -141,9 +146,16 @@ class RowRunner(Runner):
         except Exception as error:  # of the run over all of them
             if len(actives) == 1:
                 return [(actives[0], error)]
+            self._tell(error)
         # Nothing was written, and reading a token again changes nothing: each goes on alone, and
         # the one that cannot is the one that fails.
         return [failure for active in actives for failure in self.decode([active])]
+
+    def _tell(self, error: Exception) -> None:
+        """Logs why requests had to go on one by one, each kind of reason once."""
+        if type(error) not in self._told:
+            self._told.add(type(error))
+            _logger.warning("a step of several requests failed, each goes on alone", exc_info=error)
 
     def _decode(self, actives: Sequence[ActiveRequest]) -> list[tuple[ActiveRequest, Exception]]:
         started = time.perf_counter()

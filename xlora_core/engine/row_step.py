@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from xlora_core.engine.runner import check_router_logits
 from xlora_core.rows import RowBatch, RowReader, Segment
 
 if TYPE_CHECKING:
@@ -64,15 +63,23 @@ class RowStep:
     def run(self, reads: Sequence[RowRead]) -> list[RowResult]:
         """Reads all at once; no work is done for classifier or head that nobody asked for.
 
+        A broken expert makes NaN, and 0 times NaN is NaN: it may reach rows in which the expert
+        has a scaling of 0. So if anything is not finite, all are read again one by one, and only
+        what is broken by itself stays so.
+
         Args:
             reads: At least one, no two of the same row.
 
         Returns:
             One result per read, in their order.
-
-        Raises:
-            EngineError: If the router's logits hold NaN or infinity.
         """
+        results, are_finite = self._run(reads)
+        if are_finite or len(reads) == 1:
+            return results
+        return [result for read in reads for result in self._run([read])[0]]
+
+    def _run(self, reads: Sequence[RowRead]) -> tuple[list[RowResult], bool]:
+        """Returns the results, and whether no hidden state behind them has a NaN or infinity."""
         # Those with adapters first, as a batch has them.
         order = sorted(range(len(reads)), key=lambda i: reads[i].scalings is None)
         ordered = [reads[i] for i in order]
@@ -87,9 +94,8 @@ class RowStep:
         chosen = _gathered(hidden, wanted)
         router_logits = None if routed is None else self._model.classifier(routed[None])[0]
         logits = None if chosen is None else self._reader.logits(chosen)
-        if router_logits is not None:
-            check_router_logits(router_logits)
-        return _dealt(reads, order, router_logits, logits)
+        are_finite = all(rows is None or bool(rows.isfinite().all()) for rows in (routed, chosen))
+        return _dealt(reads, order, router_logits, logits), are_finite
 
     def _batch(self, reads: Sequence[RowRead]) -> RowBatch:
         token_ids = [token for read in reads for token in read.token_ids]

@@ -36,12 +36,12 @@ class Runner(ABC):
         """Makes room for a request, before anything of it is read."""
 
     @abstractmethod
-    def prefill(self, active: ActiveRequest, n: int) -> None:
+    def prefill(self, active: ActiveRequest, n: int | None) -> None:
         """Reads about n more tokens of a request's prompt; after the last, writes a first token.
 
         Args:
             active: A request whose prompt has more tokens.
-            n: How many tokens one run over the weights had better read.
+            n: How many tokens one run over the weights had better read; None for all of them.
 
         Raises:
             Exception: Whatever went wrong; concerns this request alone.

@@ -14,8 +14,8 @@ from xlora_core.engine.runner import Runner
 from xlora_core.engine.waiting import WaitEstimate, Work
 from xlora_core.errors import XLoraError
 
-# Tokens of prompts that one run over the weights reads. Fewer while others decode: they stand
-# still meanwhile.
+# Tokens of a prompt that one run over the weights reads, all its arms together. Fewer beside
+# other requests: they stand still meanwhile.
 PREFILL_TOKENS = 512
 PREFILL_TOKENS_BESIDE_OTHERS = 128
 
@@ -30,6 +30,7 @@ class Scheduler:
         context_length: Most tokens, prompt and answer together.
         budget: Memory that all active requests may take together.
         max_seconds: Seconds that a request may run; None: as long as it likes.
+        whole_prompts: Whether a prompt must be read in one part.
         clock: Seconds that only rise.
     """
 
@@ -42,6 +43,7 @@ class Scheduler:
         context_length: int,
         budget: MemoryBudget = UNLIMITED,
         max_seconds: float | None = None,
+        whole_prompts: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._runner = runner
@@ -50,6 +52,7 @@ class Scheduler:
         self._context_length = context_length
         self._books = runner.books(budget)
         self._max_seconds = max_seconds
+        self._whole_prompts = whole_prompts
         self._clock = clock
         self._estimate = WaitEstimate()
         self._actives: list[ActiveRequest] = []
@@ -114,11 +117,12 @@ class Scheduler:
             request.fail(as_xlora_error(error))
             return
         self._actives.append(active)
-        self._books.admit(request, self._need(request))
         try:
             self._runner.admit(active)
         except Exception as error:  # a request that does not fit fails alone
             self._fail(active, error)
+        else:
+            self._books.admit(request, self._need(request))
 
     def round(self) -> None:
         """Reads a part of one prompt, and a token for every arm of all other requests."""
@@ -145,17 +149,16 @@ class Scheduler:
         if not waiting:
             return
         active = waiting[0]
-        alone = len(self._actives) == 1
+        n = PREFILL_TOKENS if len(self._actives) == 1 else PREFILL_TOKENS_BESIDE_OTHERS
         started, n_before = self._clock(), active.n_read
         try:
-            self._runner.prefill(active, PREFILL_TOKENS if alone else PREFILL_TOKENS_BESIDE_OTHERS)
+            self._runner.prefill(active, None if self._whole_prompts else n)
         except Exception as error:  # concerns this request; the others go on
             self._fail(active, error)
             return
         self._estimate.read(active.n_read - n_before, self._clock() - started)
         # The next part is another prompt's, if one waits.
-        self._actives.remove(active)
-        self._actives.append(active)
+        self._actives = [*(other for other in self._actives if other is not active), active]
         if active.reads_tokens:
             active.request.enter_decode()
 
@@ -169,8 +172,10 @@ class Scheduler:
             self._fail(active, error)
 
     def _fail(self, active: ActiveRequest, error: Exception) -> None:
-        self._retire(active)
-        active.fail(error)
+        try:
+            self._retire(active)
+        finally:  # whatever that runs into, nobody is left to wait
+            active.fail(error)
 
     def _retire(self, active: ActiveRequest) -> None:
         self._actives.remove(active)

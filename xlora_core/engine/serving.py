@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -66,3 +66,24 @@ def stop_token_ids(model: Any, tokenizer: Any) -> frozenset[int]:
         if ids is not None:
             return frozenset([ids] if isinstance(ids, int) else ids)
     return frozenset()
+
+
+def positions_follow_length(model: Any) -> bool:
+    """Whether rotary positions depend on how long the text is that is read in one call.
+
+    A prompt read in parts would then be another one than Hugging Face reads, which reads it whole.
+    """
+    config = model.config.get_text_config().to_dict()
+    return any(
+        "dynamic" in kind or kind == "longrope"
+        for kind in _rope_types(config.get("rope_parameters"))
+    )
+
+
+def _rope_types(parameters: object) -> Iterator[str]:
+    """Yields the rotary embeddings' types; some models have one per layer type."""
+    if isinstance(parameters, dict):
+        for name, value in parameters.items():
+            if name == "rope_type":
+                yield str(value)
+            yield from _rope_types(value)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from xlora_core.layers import XLoraLayer
     from xlora_core.model import XLoraModel
 
 # A probe shall be long enough to meet another process on the same core, and short beside a step.
@@ -135,20 +136,27 @@ def matrix_products(model: XLoraModel) -> list[Callable[[], Tensor]]:
     """
     if model.device.type != "cpu":
         return []
-    weights = (getattr(layer, "weight", None) for layer in model.lora_layers)
-    matrices = [w.detach() for w in weights if isinstance(w, Tensor) and _is_plain_matrix(w)]
-    return [_product(matrix) for matrix in matrices[:_N_PRODUCTS]]
+    layers = [layer for layer in model.lora_layers if _is_plain_matrix(layer)]
+    return [_product(layer) for layer in layers[:_N_PRODUCTS]]
 
 
-def _is_plain_matrix(weight: Tensor) -> bool:
-    return weight.dim() == 2 and weight.device.type == "cpu" and weight.dtype in _DTYPES
+def _is_plain_matrix(layer: XLoraLayer) -> bool:
+    weight = getattr(layer, "weight", None)
+    return (
+        isinstance(weight, Tensor)
+        and weight.dim() == 2
+        and weight.device.type == "cpu"
+        and weight.dtype in _DTYPES
+    )
 
 
-def _product(weight: Tensor) -> Callable[[], Tensor]:
-    n_columns = weight.shape[1]
-    rows = weight[: max(1, _MAX_ELEMENTS // n_columns)]
-    vectors = weight.new_ones(2, n_columns).t()  # laid out as hidden states are
-    return lambda: torch.mm(rows, vectors)
+def _product(layer: XLoraLayer) -> Callable[[], Tensor]:
+    n_columns = layer.weight.shape[1]
+    n_rows = max(1, _MAX_ELEMENTS // n_columns)
+    vectors = layer.weight.new_ones(2, n_columns).t()  # laid out as hidden states are
+    # The weight is asked for each time: whoever fuses weights gives the layer another tensor, and
+    # the old one must not be kept from being freed.
+    return lambda: torch.mm(layer.weight.detach()[:n_rows], vectors)
 
 
 def _counts(n_threads: int) -> list[int]:

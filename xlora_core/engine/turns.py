@@ -48,10 +48,10 @@ class TurnRunner(Runner):
             for track in active.tracks
         ]
 
-    def prefill(self, active: ActiveRequest, n: int) -> None:
+    def prefill(self, active: ActiveRequest, n: int | None) -> None:
         """Reads the next n tokens of the prompt, arm by arm."""
         start = active.n_read
-        chunk = active.prompt[start : start + n]
+        chunk = active.prompt[start : None if n is None else start + n]
         is_last = start + len(chunk) == len(active.prompt)
         for track, decoder in zip(active.tracks, self._decoders[active], strict=True):
             track.read_prompt(chunk)

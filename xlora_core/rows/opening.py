@@ -88,9 +88,7 @@ def _readers(model: XLoraModel, empty: RowCache) -> list[tuple[str, Callable[[],
             lambda: ModuleRows(model, empty, PaddingMasks(backbone)),
         ),
     ]
-    if LlamaRows.fits(model):
-        return [("a step of our own for Llama's blocks", lambda: LlamaRows(model)), *of_modules]
-    return of_modules
+    return [("a step of our own for Llama's blocks", lambda: LlamaRows(model)), *of_modules]
 
 
 def _said(error: Exception) -> str:
