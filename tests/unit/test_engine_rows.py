@@ -21,6 +21,13 @@ from xlora_core.engine import (
     TokenEvent,
     scheduler,
 )
+from xlora_core.engine.admission import MemoryBudget
+from xlora_core.engine.identity import ModelIdentity
+from xlora_core.engine.overlap import Overlap
+from xlora_core.engine.prompts import EncodedPrompt
+from xlora_core.engine.requests import Request
+from xlora_core.engine.row_runner import RowRunner
+from xlora_core.engine.scheduler import Scheduler
 from xlora_core.errors import ConfigError, EngineError
 from xlora_core.model import XLoraModel
 from xlora_core.recording import Run
@@ -234,6 +241,47 @@ def test_rows_are_given_back(engine: Engine, reader: Steps) -> None:
     assert max(reader_rows) == 6  # two rows for either routed arm, one for the three others
     engine.close()
     assert reader.cache.n_rows == 0
+
+
+def test_a_kept_cache_stays_until_a_larger_one_needs_its_place(
+    model: XLoraModel, reader: Steps
+) -> None:
+    """Recorded steps hold its addresses."""
+    runner = RowRunner(model, reader, Overlap("on"), keeps_cache=True)
+    per_token = reader.cache.bytes_per_token
+    n_bytes = 8 * 4096 * per_token + 2_000_000  # the larger one, and the records
+    scheduler = Scheduler(
+        runner,
+        TOKENIZER,
+        stop_ids=frozenset(),
+        context_length=100_000,
+        budget=MemoryBudget(n_bytes),
+    )
+
+    def run(n_arms: int, n_tokens: int) -> None:
+        sampling = SamplingParams(max_new_tokens=n_tokens)
+        request = Request(
+            header=ModelIdentity(model, "tiny").header("", sampling),
+            prompt=EncodedPrompt(text="", token_ids=[5, 6]),
+            arms=(Arm.merged(),) * n_arms,
+            sampling=sampling,
+            with_base_logprob=False,
+        )
+        assert scheduler.fits(request)
+        scheduler.admit(request)
+        request.ask_to_cancel()
+        while scheduler.n_active:
+            scheduler.round()
+
+    with torch.inference_mode():
+        run(1, 4)
+        keys = reader.cache.keys
+        run(5, 4)
+        assert reader.cache.keys is keys
+        assert reader.cache.n_rows == 8
+        run(1, 3000)  # twice as long, which does not fit beside the old block
+    assert reader.cache.keys is not keys
+    assert reader.cache.n_tokens == 4096
 
 
 def test_a_broken_text_leaves_nothing_in_its_rows(model: XLoraModel) -> None:

@@ -59,16 +59,18 @@ class Admission:
 
     A row cache is one block of rows x positions: every row is as long as the longest request
     needs, rows of ended requests are used again, and it only shrinks (to nothing) when nobody
-    runs. While it grows, the old block and the new one are there together. Caches of their own
-    simply add up.
+    runs, or never. While it grows, the old block and the new one are there together. Caches of
+    their own simply add up.
 
     ``check`` may be called by any thread, the rest by the engine's.
 
     Args:
         budget: What there is.
         bytes_per_token: Bytes of one position of one row.
+        row_block: Rows that the block grows by.
         token_block: Positions that rows grow by.
         one_block: Whether all rows lie in one block.
+        keeps_block: Whether the block stays when nobody runs.
     """
 
     def __init__(
@@ -76,13 +78,17 @@ class Admission:
         budget: MemoryBudget,
         bytes_per_token: int,
         *,
+        row_block: int = 1,
         token_block: int = 1,
         one_block: bool = True,
+        keeps_block: bool = False,
     ) -> None:
         self.budget = budget
         self._bytes_per_token = bytes_per_token
+        self._row_block = row_block
         self._token_block = token_block
         self._one_block = one_block
+        self._keeps_block = keeps_block
         self._admitted: dict[Hashable, Need] = {}
         self._n_rows = self._n_tokens = 0  # of the block
 
@@ -120,8 +126,12 @@ class Admission:
     def release(self, key: Hashable) -> None:
         """Takes a request off the books; one that is not on them changes nothing."""
         self._admitted.pop(key, None)
-        if not self._admitted:
-            self._n_rows = self._n_tokens = 0
+        if not self._admitted and not self._keeps_block:
+            self.forget_block()
+
+    def forget_block(self) -> None:
+        """Takes the block off the books: nobody runs, and it was freed."""
+        self._n_rows = self._n_tokens = 0
 
     def _needed(self, need: Need, *, beside: bool) -> int:
         """Returns the most bytes that are taken at any time once a request is let in."""
@@ -140,8 +150,9 @@ class Admission:
         """Returns rows and positions of the block once a request is let in."""
         n_used = sum(other.n_rows for other in self._admitted.values()) if beside else 0
         n_rows, n_tokens = (self._n_rows, self._n_tokens) if beside else (0, 0)
-        n_new = -(-need.n_tokens // self._token_block) * self._token_block
-        return max(n_rows, n_used + need.n_rows), max(n_tokens, n_new)
+        n_rows_new = -(-(n_used + need.n_rows) // self._row_block) * self._row_block
+        n_tokens_new = -(-need.n_tokens // self._token_block) * self._token_block
+        return max(n_rows, n_rows_new), max(n_tokens, n_tokens_new)
 
     def _cache_bytes(self, needs: list[Need]) -> int:
         if self._one_block:

@@ -344,7 +344,8 @@ class Engine:
             reader = opening.open_rows(self._model) if batched else None
         if reader is None:
             return TurnRunner(self._model)
-        return RowRunner(self._model, reader, self._overlap)
+        keeps_cache = self._model.device.type == "cuda"
+        return RowRunner(self._model, reader, self._overlap, keeps_cache=keeps_cache)
 
     def _live(self) -> None:
         """The engine thread: nobody but it runs the model."""

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
-# Positions that the cache grows by: growing copies what is there.
-_TOKEN_BLOCK = 256
+# Rows and positions that the cache grows by: growing copies what is there.
+_BLOCK = (1, 256)
+# Where it stays for good, recorded steps hold its addresses, and growing forgets them all.
+_KEPT_BLOCK = (8, 2048)
 
 
 class RowRunner(Runner):
@@ -43,22 +45,33 @@ class RowRunner(Runner):
         model: The model.
         reader: Runs its base over rows.
         overlap: Whether to guess.
+        keeps_cache: Whether the cache stays when nobody runs, as recorded steps need it.
     """
 
-    def __init__(self, model: XLoraModel, reader: RowReader, overlap: Overlap) -> None:
+    def __init__(
+        self, model: XLoraModel, reader: RowReader, overlap: Overlap, *, keeps_cache: bool = False
+    ) -> None:
         self._model = model
         self._reader = reader
         self._step = RowStep(model, reader)
         self._overlap = overlap
         self._arms: dict[ActiveRequest, list[RowArm]] = {}
         self._free: list[int] = []
+        self._keeps_cache = keeps_cache
+        self._row_block, self._token_block = _KEPT_BLOCK if keeps_cache else _BLOCK
         self._told: set[type[Exception]] = set()
 
     # ---------------------------------------------------------------- rows
 
     def books(self, budget: MemoryBudget) -> Admission:
         """Returns the books of the one cache that all rows lie in."""
-        return Admission(budget, self._reader.cache.bytes_per_token, token_block=_TOKEN_BLOCK)
+        return Admission(
+            budget,
+            self._reader.cache.bytes_per_token,
+            row_block=self._row_block,
+            token_block=self._token_block,
+            keeps_block=self._keeps_cache,
+        )
 
     def need(self, request: Request, n_tokens: int) -> Need:
         """Returns the rows of a request's arms; a routed one has two."""
@@ -77,9 +90,10 @@ class RowRunner(Runner):
         n_needed = sum(2 if track.is_routed else 1 for track in active.tracks)
         n_tokens = self._n_places(active.limit)
         cache = self._reader.cache
-        n_rows = cache.n_rows + max(n_needed - len(self._free), 0)
+        n_missing = max(n_needed - len(self._free), 0)
+        n_rows = cache.n_rows + _blocks(n_missing, self._row_block)
         new = range(cache.n_rows, n_rows)
-        cache.grow(n_rows, -(-n_tokens // _TOKEN_BLOCK) * _TOKEN_BLOCK)
+        cache.grow(n_rows, _blocks(n_tokens, self._token_block))
         self._free = sorted([*self._free, *new], reverse=True)
         self._arms[active] = [
             RowArm(
@@ -104,14 +118,18 @@ class RowRunner(Runner):
     def release(self, active: ActiveRequest) -> None:
         """Gives a request's rows back; with the last one the memory goes, too."""
         rows = [row for arm in self._arms.pop(active, []) for row in arm.rows]
-        if self._arms:
+        if self._arms or self._keeps_cache:
             # A NaN that a broken text left behind would reach the next one even through a mask.
             n_read = max(track.n_tokens for track in active.tracks)
             self._reader.cache.erase(rows, self._n_places(n_read))
             self._free += rows
         else:
-            self._free = []
-            self._reader.cache.clear()
+            self.free_cache()
+
+    def free_cache(self) -> None:
+        """Frees all rows."""
+        self._free = []
+        self._reader.cache.clear()
 
     # ---------------------------------------------------------------- prompts
 
@@ -219,3 +237,8 @@ class RowRunner(Runner):
         hit = arm.settle_guess(plan.guess, plan.guess_result, self._reader.cache)
         if hit is not None:
             self._overlap.guessed(hit=hit)
+
+
+def _blocks(n: int, block: int) -> int:
+    """Returns the smallest multiple of ``block`` that is not less than n."""
+    return -(-n // block) * block

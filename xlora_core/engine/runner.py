@@ -64,6 +64,10 @@ class Runner(ABC):
     def release(self, active: ActiveRequest) -> None:
         """Frees what a request held."""
 
+    @abstractmethod
+    def free_cache(self) -> None:
+        """Frees what was kept for later requests; called while there is no request."""
+
 
 def record_bytes(request: Request, n_tokens: int) -> int:
     """Returns the bytes that the record of a request of so many tokens takes."""

@@ -100,7 +100,12 @@ class Scheduler:
 
     def fits(self, request: Request) -> bool:
         """Whether there is memory for a request beside those at work."""
-        return self._books.fits(self._need(request))
+        need = self._need(request)
+        if not self._actives and not self._books.fits(need):
+            # A block that was kept for nobody stands in the way of the larger one.
+            self._runner.free_cache()
+            self._books.forget_block()
+        return self._books.fits(need)
 
     def admit(self, request: Request) -> None:
         """Starts a request that was taken out of the queue; one that cannot start fails."""

@@ -73,6 +73,9 @@ class TurnRunner(Runner):
         """Frees the caches of a request's arms."""
         self._decoders.pop(active, None)
 
+    def free_cache(self) -> None:
+        """Does nothing: no cache outlives its request."""
+
 
 def _cache_bytes_per_token(model: XLoraModel) -> int:
     """Returns the bytes of a token's keys and values; 0 for a model whose config tells no sizes."""
