@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from xlora_core.adapters import LoraWeights
 from xlora_core.layers import ActiveScalings, XLoraLinear
 from xlora_core.rows.norm import rms_norm
-from xlora_core.rows.projection import FusedProjection, RankWeights
+from xlora_core.rows.projection import FusedProjection, RankWeights, plain_layer
 from xlora_core.rows.skinny import linear_rows
 
 K = 4
@@ -143,3 +143,23 @@ def test_the_norm_is_hugging_faces(dtype: torch.dtype, scale: float) -> None:
         mine, own = rms_norm(module)(x), module(x)
     assert mine.dtype == dtype
     torch.testing.assert_close(mine, own, atol=0, **tolerance)
+
+
+def test_what_was_fused_before_is_not_fused_again() -> None:
+    """Two engines over one model share the matrix."""
+    parts = layers(torch.float32)
+    first = FusedProjection(parts)
+    assert FusedProjection(parts).weight.data_ptr() == first.weight.data_ptr()
+    assert torch.equal(FusedProjection(parts).weight, first.weight)
+    assert FusedProjection(parts[1:]).weight.data_ptr() != first.weight.data_ptr()
+
+
+def test_weights_fused_in_inference_mode_can_be_trained_beside() -> None:
+    parts = layers(torch.float32)
+    with torch.inference_mode():
+        FusedProjection(parts)
+    for part in parts:
+        x = torch.ones(2, part.in_features, dtype=part.weight.dtype, requires_grad=True)
+        plain_layer(part)(x).sum().backward()
+        assert x.grad is not None
+        assert x.grad.any()

@@ -45,6 +45,7 @@ class RowCache:
     Attributes:
         keys: Block -> ``[R, heads, T, key_size]``.
         values: Block -> ``[R, heads, T, value_size]``.
+        generation: Changes whenever keys and values become other tensors.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class RowCache:
         self._device = device
         self.n_rows = 0
         self.n_tokens = 0
+        self.generation = 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.grow(0, 0)
@@ -83,6 +85,7 @@ class RowCache:
             new[: self.n_rows, :, : self.n_tokens] = old
         self.keys, self.values = keys, values
         self.n_rows, self.n_tokens = n_rows, n_tokens
+        self.generation += 1
 
     def clear(self) -> None:
         """Forgets all rows and frees their memory."""

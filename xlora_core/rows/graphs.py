@@ -111,7 +111,7 @@ class RecordedSteps:
         self._cache = cache
         self._record = record
         self._steps: dict[Sequence[object], _Step] = {}
-        self._recorded_over: list[Tensor] = []
+        self._generation = cache.generation
 
     @staticmethod
     def takes(batch: RowBatch) -> bool:
@@ -120,14 +120,16 @@ class RecordedSteps:
 
     def read(self, batch: RowBatch) -> Tensor:
         """Returns ``[N, H]``, to be copied before the next call."""
-        if self._recorded_over is not self._cache.keys or len(self._steps) >= _MAX_STEPS:
+        if self._generation != self._cache.generation:
             self._steps.clear()
-            self._recorded_over = self._cache.keys
+            self._generation = self._cache.generation
         n_places = self._places_for(max(segment.stop for segment in batch.segments))
         scalings = batch.scalings
         key = (batch.n_tokens, n_places, None if scalings is None else scalings.shape)
         step = self._steps.get(key)
         if step is None:
+            if len(self._steps) >= _MAX_STEPS:
+                self._steps.clear()
             step = self._steps[key] = _Step(batch)
         step.load(batch)
         if step.replay is None:

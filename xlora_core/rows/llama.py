@@ -101,6 +101,8 @@ class LlamaRows(RowReader):
         # A merged model has none, an adapted layer elsewhere would be left out.
         if not adapted or len(adapted) != len(model.lora_layer_names):
             return False
+        if any(_is_watched(module) for module in base.modules()):
+            return False
         devices: set[torch.device] = {p.device for p in base.parameters()}
         dtypes = {p.dtype for p in base.parameters()}
         if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= _DTYPES:
@@ -226,6 +228,14 @@ def _linears(block: Any) -> list[Any]:
     return [getattr(block.self_attn, name) for name in _ATTENTION_LINEARS] + [
         getattr(block.mlp, name) for name in _MLP_LINEARS
     ]
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody looks at, or changes, what a module computes when it is called."""
+    own = vars(module)  # PyTorch has no other way to ask
+    hooks = [*own["_forward_hooks"].values(), *own["_forward_pre_hooks"].values()]
+    # transformers leaves hooks behind that do nothing unless its own forward asks them to.
+    return any(hook.__module__ != "transformers.utils.output_capturing" for hook in hooks)
 
 
 def _is_plain(linear: Any) -> bool:

@@ -139,8 +139,13 @@ def _triton_kernel(
     return TritonExpand([layer.lora_B for layer in layers], outputs, ranks)
 
 
+# Not in inference mode: the model may be trained again once its rows are not read any more.
+@torch.inference_mode(False)
 def _fuse(parameters: Sequence[Tensor]) -> Tensor:
     """Returns the parameters ``[rows, in]`` stacked, and makes views of them."""
+    fused = _fused_before(parameters)
+    if fused is not None:
+        return fused
     fused = torch.cat([p.detach() for p in parameters])
     for parameter, view in zip(
         parameters, fused.split([p.shape[0] for p in parameters]), strict=True
@@ -149,6 +154,20 @@ def _fuse(parameters: Sequence[Tensor]) -> Tensor:
     return fused
 
 
+def _fused_before(parameters: Sequence[Tensor]) -> Tensor | None:
+    """Returns the matrix that the parameters are views of already, one below the other."""
+    first = parameters[0].detach()
+    place, storage = first.storage_offset(), first.untyped_storage().data_ptr()
+    for parameter in parameters:
+        same = parameter.untyped_storage().data_ptr() == storage
+        if not same or parameter.storage_offset() != place or not parameter.is_contiguous():
+            return None
+        place += parameter.numel()
+    shape = (sum(p.shape[0] for p in parameters), first.shape[1])
+    return first.as_strided(shape, (first.shape[1], 1), first.storage_offset())
+
+
+@torch.inference_mode(False)
 def _fused_bias(plain: Sequence[nn.Linear], n_rows: int) -> Tensor | None:
     """Returns the layers' biases side by side; 0 where one has none, and for ``A``."""
     if all(layer.bias is None for layer in plain):
