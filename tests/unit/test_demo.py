@@ -288,7 +288,7 @@ def test_unknown_dtypes_and_devices_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match="dtype must be one of auto, float32, .*, got 'int4'"):
         demo.load_base(base_folder, "int4")
-    with pytest.raises(ConfigError, match="device must be one such as cpu or cuda:0, or auto, got 'gpu'"):
+    with pytest.raises(ConfigError, match="device must be one such as cpu or .*, got 'gpu'"):
         demo.load_base(base_folder, None, "gpu")
     monkeypatch.setattr(base_model.torch.cuda, "device_count", lambda: 0)
     with pytest.raises(ConfigError, match="cuda:3 does not exist: PyTorch sees 0 CUDA devices"):
