@@ -394,7 +394,7 @@ def test_live_overrides_apply_from_the_next_token_and_are_recorded(
 
 
 def test_what_an_arm_multiplied_by_is_what_its_record_says(
-    engine: Engine, chat_model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+    paced_engine: Engine, chat_model: XLoraModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[torch.Tensor] = []
     original = chat_model.main_pass
@@ -405,7 +405,7 @@ def test_what_an_arm_multiplied_by_is_what_its_record_says(
 
     monkeypatch.setattr(chat_model, "main_pass", main_pass)
     knobs = knobs_of(scale("math", 1.7), pin("verse", 0.3, "*.k_proj"), top_k=2, global_weight=0.9)
-    run = engine.run(PROMPT, [Arm.routed(knobs)], GREEDY)
+    run = paced_engine.run(PROMPT, [Arm.routed(knobs)], GREEDY)
     used = torch.cat(seen).numpy()
     # Recorded logits are float16.
     np.testing.assert_allclose(run.scalings(0, effective=True)[: len(used)], used, atol=2e-3)

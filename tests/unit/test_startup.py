@@ -56,6 +56,13 @@ def test_generating_needs_no_tables() -> None:
     assert imported_by(statement) == {"torch", "transformers"}
 
 
+@pytest.fixture
+def nothing_frozen() -> None:
+    """Gives back to the collector what other tests of this process took from it."""
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("nothing_frozen")
 def test_what_was_made_meanwhile_is_old() -> None:
     with without_collector():
         made = [[] for _ in range(5000)]
@@ -64,13 +71,15 @@ def test_what_was_made_meanwhile_is_old() -> None:
     assert gc.get_freeze_count() == 0
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_what_a_program_has_frozen_stays_so() -> None:
     gc.freeze()
     try:
         n_frozen = gc.get_freeze_count()
         with without_collector():
             pass
-        assert gc.get_freeze_count() == n_frozen > 0
+        # Some of it may have been freed meanwhile, which needs no collector.
+        assert gc.get_freeze_count() > n_frozen // 2 > 0
     finally:
         gc.unfreeze()
 
