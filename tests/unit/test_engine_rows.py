@@ -284,6 +284,43 @@ def test_a_kept_cache_stays_until_a_larger_one_needs_its_place(
     assert reader.cache.n_tokens == 4096
 
 
+def test_a_request_that_finds_no_room_leaves_nothing_on_the_books(
+    model: XLoraModel, reader: Steps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or others would wait for memory that nobody holds."""
+    scheduler = Scheduler(
+        RowRunner(model, reader, Overlap("on")),
+        TOKENIZER,
+        stop_ids=frozenset(),
+        context_length=2000,
+        budget=MemoryBudget(10**9),
+    )
+
+    def request(n_tokens: int) -> Request:
+        sampling = SamplingParams(max_new_tokens=n_tokens)
+        return Request(
+            header=ModelIdentity(model, "tiny").header("", sampling),
+            prompt=EncodedPrompt(text="", token_ids=[5, 6]),
+            arms=(Arm.merged(),),
+            sampling=sampling,
+            with_base_logprob=False,
+        )
+
+    with torch.inference_mode():
+        scheduler.admit(request(4))
+        held = scheduler._books.used_bytes
+
+        def no_memory(n_rows: int, n_tokens: int) -> None:
+            raise MemoryError
+
+        monkeypatch.setattr(reader.cache, "grow", no_memory)
+        refused = request(1000)
+        scheduler.admit(refused)
+        assert refused.state == "failed"
+        assert scheduler._books.used_bytes == held
+        assert scheduler.n_active == 1
+
+
 def test_a_broken_text_leaves_nothing_in_its_rows(model: XLoraModel) -> None:
     """0 times NaN is NaN, so a mask would not keep it from the next text in the row."""
     last_rank = model.lora_layers[0].lora_B.detach()[:, -1]  # of the last adapter, verse

@@ -117,7 +117,7 @@ def _open_record(request: Request, context_length: int) -> list[TrackRecorder]:
     """Takes the request out of the queue and opens its record; returns one recorder per arm."""
     header = request.header
     arms = request.leave_queue()
-    n_rows = min(len(request.prompt.token_ids) + request.sampling.max_new_tokens, context_length)
+    n_rows = request.limit(context_length)
     n_routed_layers = len(header.layer_names) if header.layerwise else 1
     recorders = [
         TrackRecorder(

@@ -54,6 +54,10 @@ class Request:
         self._dropped = False
         self._n_changes = 0
 
+    def limit(self, context_length: int) -> int:
+        """Returns the most tokens of an arm, prompt and answer, in a window of so many."""
+        return min(len(self.prompt.token_ids) + self.sampling.max_new_tokens, context_length)
+
     # ---------------------------------------------------------------- watching
 
     @property

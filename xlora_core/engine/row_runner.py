@@ -76,7 +76,7 @@ class RowRunner(Runner):
     def need(self, request: Request, n_tokens: int) -> Need:
         """Returns the rows of a request's arms; a routed one has two."""
         return Need(
-            n_rows=sum(2 if arm.kind == "routed" else 1 for arm in request.arms),
+            n_rows=_n_rows(request),
             n_tokens=self._n_places(n_tokens),
             record_bytes=record_bytes(request, n_tokens),
         )
@@ -87,7 +87,7 @@ class RowRunner(Runner):
 
     def admit(self, active: ActiveRequest) -> None:
         """Takes the rows of a request's arms and makes room for their tokens."""
-        n_needed = sum(2 if track.is_routed else 1 for track in active.tracks)
+        n_needed = _n_rows(active.request)
         n_tokens = self._n_places(active.limit)
         cache = self._reader.cache
         n_missing = max(n_needed - len(self._free), 0)
@@ -237,6 +237,11 @@ class RowRunner(Runner):
         hit = arm.settle_guess(plan.guess, plan.guess_result, self._reader.cache)
         if hit is not None:
             self._overlap.guessed(hit=hit)
+
+
+def _n_rows(request: Request) -> int:
+    """Returns the rows of a request's arms; a routed one has two."""
+    return sum(2 if arm.kind == "routed" else 1 for arm in request.arms)
 
 
 def _blocks(n: int, block: int) -> int:

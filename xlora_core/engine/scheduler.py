@@ -89,7 +89,7 @@ class Scheduler:
         ahead = [
             Work(
                 n_to_read=len(request.prompt.token_ids),
-                n_to_write=self._limit(request) - len(request.prompt.token_ids),
+                n_to_write=request.limit(self._context_length) - len(request.prompt.token_ids),
                 most_seconds=self._max_seconds,
             )
             for request in waiting
@@ -187,9 +187,5 @@ class Scheduler:
         self._books.release(active.request)
         self._runner.release(active)
 
-    def _limit(self, request: Request) -> int:
-        n_tokens = len(request.prompt.token_ids) + request.sampling.max_new_tokens
-        return min(n_tokens, self._context_length)
-
     def _need(self, request: Request) -> Need:
-        return self._runner.need(request, self._limit(request))
+        return self._runner.need(request, request.limit(self._context_length))

@@ -64,7 +64,7 @@ class ArmTrack:
         self._recorder = recorder
         self._stop_ids = stop_ids
         prompt = request.prompt.token_ids
-        self.limit = min(len(prompt) + request.sampling.max_new_tokens, context_length)
+        self.limit = request.limit(context_length)
         self.sampler = Sampler(request.sampling, prompt, n_alternatives=N_ALTERNATIVES)
         self._text = piece_decoder(tokenizer)
         self.n_tokens = 0

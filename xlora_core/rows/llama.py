@@ -111,6 +111,7 @@ class LlamaRows(RowReader):
 
     def read(self, batch: RowBatch) -> Tensor:
         """Reads the tokens of a batch; see ``RowReader.read``."""
+        self.cache.check_room(batch.segments)
         # Cheaper than no_grad, operation by operation; the clone is an ordinary tensor again.
         with torch.inference_mode():
             if self._recorded is not None and self._recorded.takes(batch):
