@@ -39,12 +39,16 @@ from xlora_core.training.router import (
 
 DEMO = "demo"
 DEMO_BASE_NAME = "SmolLM2-135M-Instruct"
-# Rows and lengths differ so that a step costs about the same: programs and scenes are long.
+# Programs, scenes and clauses fill their rows; the answers of the other domains are short.
 DEMO_EXPERTS = (
-    ExpertTrainConfig(domain="math", steps=80, rows=10, max_length=256),
-    ExpertTrainConfig(domain="chemistry", steps=70, rows=8, max_length=288),
-    ExpertTrainConfig(domain="python", steps=50, rows=4, max_length=320),
-    ExpertTrainConfig(domain="verse", steps=40, rows=4, max_length=288),
+    ExpertTrainConfig(domain="math", steps=120, rows=10, max_length=256),
+    ExpertTrainConfig(domain="chemistry", steps=120, rows=8, max_length=288),
+    ExpertTrainConfig(domain="quantum", steps=120, rows=8, max_length=256),
+    ExpertTrainConfig(domain="protein", steps=100, rows=8, max_length=256),
+    ExpertTrainConfig(domain="biology", steps=120, rows=8, max_length=256),
+    ExpertTrainConfig(domain="python", steps=100, rows=6, max_length=320),
+    ExpertTrainConfig(domain="law", steps=120, rows=8, max_length=256),
+    ExpertTrainConfig(domain="verse", steps=80, rows=8, max_length=256),
 )
 DEMO_ROUTER = RouterTrainConfig(steps=100, rows=6, max_length=224, eval_every=50)
 EVALUATION_LENGTH = 288
