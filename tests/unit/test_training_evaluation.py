@@ -13,8 +13,8 @@ from tests.tiny_models import tiny_xlora
 from tests.training_models import PAD, letter_tokenizer, row, write_rows
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
-from xlora_core.training import recipes
-from xlora_core.training.data import encode, encode_rows, mixed_examples
+from xlora_core.training import recipes, report
+from xlora_core.training.data import encode, encode_rows, mixed_examples, read_domain
 from xlora_core.training.evaluation import evaluate, table
 
 
@@ -76,20 +76,20 @@ def test_an_unknown_domain_has_no_right_expert(model: XLoraModel) -> None:
 def test_the_table_goes_into_the_card(tmp_path: Path) -> None:
     card = tmp_path / "CARD.md"
     card.write_text("# a\n<!-- evaluation -->\nold\n<!-- /evaluation -->\nend\n")
-    recipes.write_into_card(card, "| new |")
-    recipes.write_into_card(card, "| newer |")
+    report.write_into_card(card, "| new |")
+    report.write_into_card(card, "| newer |")
     assert card.read_text() == ("# a\n<!-- evaluation -->\n| newer |\n<!-- /evaluation -->\nend\n")
     card.write_text("nothing")
     with pytest.raises(ConfigError, match="has no lines <!-- evaluation -->"):
-        recipes.write_into_card(card, "x")
+        report.write_into_card(card, "x")
 
 
 def test_a_card_without_a_place_is_refused_before_the_work(
     model: XLoraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(recipes, "evaluate", pytest.fail)
+    monkeypatch.setattr(report, "evaluate", pytest.fail)
     with pytest.raises(ConfigError, match="has no lines"):
-        recipes.run_evaluation(
+        report.run_evaluation(
             model, letter_tokenizer(), data=tmp_path, card=tmp_path / "missing.md"
         )
 
@@ -99,7 +99,7 @@ def test_rows_that_are_all_too_long_are_an_error(model: XLoraModel, tmp_path: Pa
     rows += [{"domain": "1", "user": "a" * 400, "assistant": "b"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match="no held-out row of 1 fits into 288 tokens"):
-        recipes.evaluation_groups(path, model.adapter_names, letter_tokenizer(), rows=4)
+        report.evaluation_groups(path, model.adapter_names, letter_tokenizer(), rows=4)
 
 
 def test_the_sample_leaves_out_what_has_no_licence(tmp_path: Path) -> None:
@@ -113,6 +113,6 @@ def test_the_sample_leaves_out_what_has_no_licence(tmp_path: Path) -> None:
     outs = [tmp_path / "a", tmp_path / "b"]
     for out in outs:
         recipes.write_sample(tmp_path, ["chemistry"], out, train=2, heldout=2)
-    assert [r.id for r in recipes.read_domain(outs[0], "chemistry", "train")] == ["1"]
+    assert [r.id for r in read_domain(outs[0], "chemistry", "train")] == ["1"]
     name = "chemistry.train.jsonl.gz"
     assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()

@@ -276,10 +276,10 @@ def _run_eval(args: argparse.Namespace) -> int:
         if path is not None and not path.parent.is_dir():
             raise ConfigError(f"--{option} {path}: the folder {path.parent} does not exist")
     model, tokenizer = options.load(args)
-    from xlora_core.training import recipes
+    from xlora_core.training import report
     from xlora_core.training.evaluation import table
 
-    record = recipes.run_evaluation(
+    record = report.run_evaluation(
         model,
         tokenizer,
         data=args.data,

@@ -8,28 +8,26 @@ import random
 import re
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from xlora_core.config.training import ExpertTrainConfig, RouterTrainConfig
 from xlora_core.demo import load_base
-from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.training.data import (
-    Example,
     Row,
     encode_rows,
-    mixed_examples,
+    pad_id,
     read_domain,
     read_splits,
 )
-from xlora_core.training.evaluation import MIXED, evaluate, table
+from xlora_core.training.evaluation import table
 from xlora_core.training.experts import import_peft, train_expert
 from xlora_core.training.identity import router_identity, run_identity
 from xlora_core.training.log import LOG_FILE, TrainingLog, finished_run
 from xlora_core.training.progress import LineProgress, Progress, Report, silent
+from xlora_core.training.report import example_groups, run_evaluation
 from xlora_core.training.router import (
     fit_router,
     fresh_model,
@@ -51,7 +49,6 @@ DEMO_EXPERTS = (
     ExpertTrainConfig(domain="verse", steps=80, rows=8, max_length=256),
 )
 DEMO_ROUTER = RouterTrainConfig(steps=100, rows=6, max_length=224, eval_every=50)
-EVALUATION_LENGTH = 288
 _HELD_OUT_ROWS = 16  # of the curve of an expert
 _HELD_OUT_ROWS_EACH = 3  # of each domain, of the curve of a router
 
@@ -78,12 +75,6 @@ class Source:
     def load(self, dtype: str) -> tuple[Any, Any]:
         """Returns the base model and its tokenizer."""
         return load_base(self.base, dtype, self.device)
-
-
-def pad_id(tokenizer: Any) -> int:
-    """Returns the token id to pad with; padding is masked, so any will do."""
-    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return int(next(i for i in ids if i is not None))
 
 
 def run_expert(
@@ -157,7 +148,7 @@ def run_router(
     base, tokenizer = source.load(settings.dtype)
     model = fresh_model(base, adapters, settings)
     train = router_examples(rows["train"], tokenizer, settings)
-    groups = _groups(rows["heldout"], tokenizer, rows_each=_HELD_OUT_ROWS_EACH, seed=1)
+    groups = example_groups(rows["heldout"], tokenizer, rows_each=_HELD_OUT_ROWS_EACH, seed=1)
     heldout = [example for group in groups.values() for example in group]
     done = finished_run(out, router_identity(model, train, heldout, settings))
     if done is not None:
@@ -188,108 +179,6 @@ def run_router(
 def router_weights(model: XLoraModel) -> dict[str, Any]:
     """Returns name -> weight of what learns in a model."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _groups(
-    rows: Mapping[str, Sequence[Row]], tokenizer: Any, *, rows_each: int, seed: int
-) -> dict[str, list[Example]]:
-    """Returns examples: some of each domain, and as many that change domain."""
-    groups = {
-        domain: encode_rows(group, tokenizer, EVALUATION_LENGTH, limit=rows_each, seed=seed)
-        for domain, group in rows.items()
-    }
-    if len(rows) > 1:
-        groups[MIXED] = mixed_examples(rows, tokenizer, EVALUATION_LENGTH, rows_each, seed=seed)
-    return {name: group for name, group in groups.items() if group}
-
-
-def evaluation_groups(
-    data: Path, domains: Sequence[str], tokenizer: Any, *, rows: int, seed: int = 0
-) -> dict[str, list[Example]]:
-    """Returns held-out examples: ``rows`` of each domain, and ``rows`` that change domain.
-
-    Raises:
-        ConfigError: If there are no rows of a domain, or all are too long.
-    """
-    by_domain = {domain: read_domain(data, domain, "heldout") for domain in domains}
-    groups = _groups(by_domain, tokenizer, rows_each=rows, seed=seed)
-    empty = [domain for domain in domains if domain not in groups]
-    if empty:
-        raise ConfigError(
-            f"no held-out row of {', '.join(empty)} fits into {EVALUATION_LENGTH} tokens"
-        )
-    return groups
-
-
-def run_evaluation(
-    model: XLoraModel,
-    tokenizer: Any,
-    *,
-    data: Path,
-    out: Path | None = None,
-    card: Path | None = None,
-    rows: int = 16,
-    command: str = "",
-    report: Report = silent,
-) -> dict[str, Any]:
-    """Evaluates a model; writes JSON, and the table into a model card.
-
-    Args:
-        model: The model; in float32 for figures worth quoting.
-        tokenizer: Its tokenizer.
-        data: File of held-out rows, or folder as of ``read_domain``.
-        out: JSON file of the record.
-        card: Markdown file with marks between which the table goes.
-        rows: Rows of each domain.
-        command: The command line, for the record.
-        report: Gets a line per domain.
-
-    Returns:
-        The record: ``results`` by domain, and how they were made.
-
-    Raises:
-        ConfigError: If the card has no place for the table, or there are no rows.
-    """
-    if card is not None:
-        _card_parts(card)
-    groups = evaluation_groups(data, model.adapter_names, tokenizer, rows=rows)
-    results = evaluate(model, groups, pad_id(tokenizer), report=report)
-    record: dict[str, Any] = {
-        "command": command,
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "rows_per_domain": rows,
-        "max_length": EVALUATION_LENGTH,
-        "results": {name: asdict(result) for name, result in results.items()},
-    }
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    if card is not None:
-        write_into_card(card, table(record["results"]))
-    return record
-
-
-_CARD_MARKS = ("<!-- evaluation -->", "<!-- /evaluation -->")
-
-
-def write_into_card(card: Path, text: str) -> None:
-    """Replaces what stands between the card's evaluation marks.
-
-    Raises:
-        ConfigError: If the card has no such marks.
-    """
-    start, end = _CARD_MARKS
-    head, tail = _card_parts(card)
-    card.write_text(f"{head}{start}\n{text}\n{end}{tail}", encoding="utf-8")
-
-
-def _card_parts(card: Path) -> tuple[str, str]:
-    start, end = _CARD_MARKS
-    old = card.read_text(encoding="utf-8") if card.is_file() else ""
-    if start not in old or end not in old:
-        raise ConfigError(f"{card} has no lines {start} and {end} for the table to stand between")
-    head, _, rest = old.partition(start)
-    return head, rest.partition(end)[2]
 
 
 def write_sample(

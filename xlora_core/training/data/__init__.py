@@ -3,7 +3,14 @@
 Everything here is deterministic by seed.
 """
 
-from xlora_core.training.data.batches import NO_DOMAIN, Batch, by_length, collate, step_order
+from xlora_core.training.data.batches import (
+    NO_DOMAIN,
+    Batch,
+    by_length,
+    collate,
+    pad_id,
+    step_order,
+)
 from xlora_core.training.data.encoding import (
     IGNORE,
     Example,
@@ -27,6 +34,7 @@ __all__ = [
     "encode_rows",
     "joined",
     "mixed_examples",
+    "pad_id",
     "read_domain",
     "read_rows",
     "read_splits",

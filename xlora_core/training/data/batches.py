@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,12 @@ class Batch:
         """Returns the index of each token's domain, int64 ``[B, T]``; ``NO_DOMAIN`` for none."""
         indices = [[domains.get(name, NO_DOMAIN) for name in row] for row in self.domains]
         return torch.tensor(indices, device=self.labels.device)
+
+
+def pad_id(tokenizer: Any) -> int:
+    """Returns the token id to pad with; padding is masked, so any will do."""
+    ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return int(next(i for i in ids if i is not None))
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
