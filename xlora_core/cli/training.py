@@ -74,6 +74,7 @@ _HELP = {
     "balance_loss": "weight of the load-balance loss",
     "label_loss": "weight of the loss that pulls each answer to its domain's expert",
     "label_steps": "steps after which the label loss is off (default: never)",
+    "label_start_rows": "rows from whose labels a classifier learns alone at first; cheap",
     "router": "one classifier behind a scaling pass, or a gate in every module",
     "depth": "linear layers of the classifier",
     "size": "width of its hidden layers",

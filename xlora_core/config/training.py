@@ -103,6 +103,8 @@ class RouterTrainConfig(TrainConfig):
         balance_loss: Weight of the load-balance loss; 0 leaves it out.
         label_loss: Weight of the label loss; 0 leaves it out.
         label_steps: The label loss is on for the first so many steps; None is all of them.
+        label_start_rows: Rows from whose labels a classifier learns alone, before the first
+            step; 0 starts from the uniform merge.
         router: ``"classifier"`` or ``"per_layer"``, as in ``XLoraConfig``.
         depth: Linear layers of the classifier.
         size: Width of its hidden layers, unused at depth 1.
@@ -119,6 +121,7 @@ class RouterTrainConfig(TrainConfig):
     balance_loss: float = 0.0
     label_loss: float = 0.0
     label_steps: int | None = None
+    label_start_rows: int = 0
     router: str = "classifier"
     depth: int = 1
     size: int = 2048
@@ -131,6 +134,10 @@ class RouterTrainConfig(TrainConfig):
         if self.label_steps is not None and (not is_int(self.label_steps) or self.label_steps < 1):
             faults.append(
                 f"label_steps must be None or a whole number >= 1, got {self.label_steps!r}"
+            )
+        if not is_int(self.label_start_rows) or self.label_start_rows < 0:
+            faults.append(
+                f"label_start_rows must be a whole number >= 0, got {self.label_start_rows!r}"
             )
         return faults
 

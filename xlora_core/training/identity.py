@@ -42,8 +42,14 @@ def router_identity(
     settings: RouterTrainConfig,
 ) -> dict[str, Any]:
     """Returns what makes a router's run what it is, as ``run_identity``; before training."""
-    experts = {"adapters": list(model.adapter_names), "expert weights": _hash_of_experts(model)}
-    return run_identity(model.base_model, train, heldout, settings, **experts)
+    more: dict[str, Any] = {
+        "adapters": list(model.adapter_names),
+        "expert weights": _hash_of_experts(model),
+    }
+    if settings.label_start_rows:
+        topics = repr([example.topics for example in train])
+        more["topics of training rows"] = hashlib.sha256(topics.encode()).hexdigest()
+    return run_identity(model.base_model, train, heldout, settings, **more)
 
 
 def _hash_of_base(base: nn.Module) -> str:

@@ -24,7 +24,8 @@ class TrainingLog:
         settings: The run's settings.
         command: The exact command, for the reader who wants to repeat it.
         train_loss: ``[step, nats a token]`` of each step's rows.
-        heldout_loss: ``[step, nats a token]``; step 0 is before training.
+        heldout_loss: ``[step, nats a token]``; step 0 is before the first step (after a start from
+            labels).
         heldout_routing: ``[step, {figure: value}]``: router entropy, mass of each adapter, share
             of tokens whose strongest adapter is the right one. Empty for an expert.
         auxiliary_losses: ``[step, {name: value}]``, before their weights; empty without any.

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from xlora_core.config import XLoraConfig
+from xlora_core.routing import scalings_from_logits
 from xlora_core.training.data import IGNORE
 
 
@@ -96,6 +98,20 @@ def token_weights(domains: Sequence[Tensor], *, balanced: bool) -> list[Tensor]:
     counts = torch.bincount(together)
     weights = 1.0 / (counts.clamp_min(1) * (counts > 0).sum().clamp_min(1))
     return [weights[of_pass] for of_pass in domains]
+
+
+def soft_scalings(router_logits: Tensor, config: XLoraConfig) -> Tensor:
+    """Returns the scalings of router logits; softmax over all adapters even where top-k cuts.
+
+    Args:
+        router_logits: ``[..., K]``.
+        config: The model's.
+    """
+    return scalings_from_logits(
+        router_logits,
+        enable_softmax=config.enable_softmax or config.enable_softmax_topk,
+        temperature=config.softmax_temperature if config.enable_softmax else 1.0,
+    )
 
 
 def balance_loss(scalings: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from xlora_core.config import XLoraConfig
 from xlora_core.config.training import RouterTrainConfig
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
-from xlora_core.routing import scalings_from_logits
 from xlora_core.training.data import Example, Row, encode_rows, mixed_examples
 from xlora_core.training.identity import router_identity
+from xlora_core.training.label_start import start_from_labels
 from xlora_core.training.log import TrainingLog
 from xlora_core.training.losses import (
     answer_columns,
@@ -23,6 +23,7 @@ from xlora_core.training.losses import (
     balance_loss,
     column_losses,
     label_losses,
+    soft_scalings,
 )
 from xlora_core.training.progress import Progress
 from xlora_core.training.trainer import AnswerPass, AnswerTrainer
@@ -88,7 +89,7 @@ class RouterTrainer(AnswerTrainer):
         return AnswerPass(
             losses=column_losses(logits.to(labels.device), labels, columns),
             domains=inputs["domains"][rows, writers + 1],
-            scalings=_scalings(self.model, at_answers),
+            scalings=soft_scalings(at_answers, self.model.config_xlora),
         )
 
     def auxiliary_losses(
@@ -184,6 +185,8 @@ def fit_router(
         progress: Shows how it gets on; None says nothing.
     """
     trainer = RouterTrainer(model, pad_id, train, heldout, work, settings, progress=progress)
+    if settings.label_start_rows and trainer.checkpoint is None:
+        start_from_labels(model, pad_id, train, settings, progress=progress)
     return trainer.fit(command=command)
 
 
@@ -253,16 +256,6 @@ def routed_call(model: XLoraModel, **inputs: Any) -> tuple[Tensor, Tensor]:
     return logits, observed[-1]
 
 
-def _scalings(model: XLoraModel, router_logits: Tensor) -> Tensor:
-    """Returns the scalings of router logits, softmax over all adapters even where top-k cuts."""
-    config = model.config_xlora
-    return scalings_from_logits(
-        router_logits,
-        enable_softmax=config.enable_softmax or config.enable_softmax_topk,
-        temperature=config.softmax_temperature if config.enable_softmax else 1.0,
-    )
-
-
 def _check_fits(model: XLoraModel, settings: RouterTrainConfig) -> None:
     if model.base_model.config.is_encoder_decoder:
         raise ConfigError(
@@ -280,13 +273,22 @@ def _check_fits(model: XLoraModel, settings: RouterTrainConfig) -> None:
             )
         # What Trainer asks a quantised model: whether adapters stand on it.
         vars(model)["_hf_peft_config_loaded"] = True
-    if not (settings.balance_loss or settings.label_loss):
+    if not (settings.balance_loss or settings.label_loss or settings.label_start_rows):
         return
     config = model.config_xlora
     faults = []
     if not (config.enable_softmax or config.enable_softmax_topk):
-        faults.append("balance_loss and label_loss need scalings that sum to 1: enable_softmax")
-    if model.is_routed_per_layer and settings.gradient_checkpointing == "reentrant":
+        faults.append(
+            "balance_loss, label_loss and label_start_rows need scalings that sum to 1: "
+            "enable_softmax"
+        )
+    if model.is_routed_per_layer and settings.label_start_rows:
+        faults.append(
+            "label_start_rows needs a classifier: what the gates of a per-layer router read "
+            "changes while they learn; label_loss serves both"
+        )
+    losses = settings.balance_loss or settings.label_loss
+    if losses and model.is_routed_per_layer and settings.gradient_checkpointing == "reentrant":
         faults.append(
             "balance_loss and label_loss of a per-layer router get no gradient under reentrant "
             "gradient checkpointing: gradient_checkpointing must be off or non-reentrant"

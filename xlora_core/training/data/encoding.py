@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from xlora_core.errors import PromptError
@@ -21,11 +21,14 @@ class Example:
         input_ids: Length T.
         labels: Length T; the token itself on answers, ``IGNORE`` elsewhere.
         domains: Length T; the domain of each answer token, "" elsewhere.
+        topics: Length T; the domain of each token's row, its question included, "" where that is
+            not known: in a prompt of two questions. Empty if nothing is known of any prompt.
     """
 
     input_ids: list[int]
     labels: list[int]
     domains: list[str]
+    topics: list[str] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -55,10 +58,12 @@ def encode(
     """
     if len(turns) == 1 and not turns[0].user:
         plain = _tokens(tokenizer, turns[0].assistant)[:max_length]
-        return Example(input_ids=plain, labels=plain, domains=[turns[0].domain] * len(plain))
+        domains = [turns[0].domain] * len(plain)
+        return Example(input_ids=plain, labels=plain, domains=domains, topics=domains)
     ids: list[int] = []
     labels: list[int] = []
-    domains: list[str] = []
+    domains = []
+    topics: list[str] = []
     text, messages = "", []
     for row in turns:
         answered = False
@@ -82,11 +87,15 @@ def encode(
             ids += prompt + answer
             labels += [IGNORE] * len(prompt) + answer
             domains += [""] * len(prompt) + [row.domain] * len(answer)
+            topics += [row.domain] * (len(prompt) + len(answer))
             messages.append({"role": "assistant", "content": content})
             text = rendered + content + tokenizer.eos_token
             answered = True
     return Example(
-        input_ids=ids[:max_length], labels=labels[:max_length], domains=domains[:max_length]
+        input_ids=ids[:max_length],
+        labels=labels[:max_length],
+        domains=domains[:max_length],
+        topics=topics[:max_length],
     )
 
 
@@ -135,10 +144,13 @@ def joined(first: Row, second: Row, tokenizer: Any, max_length: int) -> Example 
     ids = prompt + head + tail
     if len(ids) > max_length:
         return None
+    domains = [""] * len(prompt) + [first.domain] * len(head) + [second.domain] * len(tail)
+    same = [first.domain] * len(ids)
     return Example(
         input_ids=ids,
         labels=[IGNORE] * len(prompt) + head + tail,
-        domains=[""] * len(prompt) + [first.domain] * len(head) + [second.domain] * len(tail),
+        domains=domains,
+        topics=same if first.domain == second.domain else domains,
     )
 
 
