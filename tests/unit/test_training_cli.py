@@ -23,8 +23,8 @@ from xlora_core.model import XLoraModel
 from xlora_core.training import __main__ as demo_command
 from xlora_core.training import progress, recipes
 from xlora_core.training.data import read_rows
-from xlora_core.training.evaluation import table
 from xlora_core.training.log import public_command
+from xlora_core.training.tables import tables
 
 Capture = pytest.CaptureFixture[str]
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,11 +72,12 @@ def test_the_commands_train_and_evaluate_a_whole_model(
     assert re.search(r"router  step 3/3  loss \d\.\d+  \d", captured.err)
     figures = tmp_path / "figures.json"
     evaluation = ["eval", "--model", base, "--checkpoint", out, "--data", rows, "--rows", "4"]
+    evaluation += ["--merge-steps", "4"]
     assert main([*evaluation, "--out", str(figures)]) == 0
     record = json.loads(figures.read_text())
     assert set(record["results"]) == {"sums", "songs", "mixed"}
     assert record["command"].startswith("xlora eval --model base --checkpoint xlora --data")
-    assert capsys.readouterr().out == table(record["results"]) + "\n"
+    assert capsys.readouterr().out == tables(record) + "\n"
     assert main([*evaluation, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"] == record["results"]
     for file in tmp_path.rglob("*.json"):

@@ -11,6 +11,7 @@ from xlora_core.cli import (
     benchmark,
     conversion,
     editing,
+    evaluation,
     export,
     generation,
     inspection,
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
         conversion,
         editing,
         training,
+        evaluation,
         benchmark,
     ):
         command.add_command(commands)

@@ -1,4 +1,4 @@
-"""``xlora train-expert``, ``xlora train`` and ``xlora eval``."""
+"""``xlora train-expert`` and ``xlora train``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from xlora_core.training.log import TrainingLog
     from xlora_core.training.recipes import Source
 
-_ROWS = """\
+ROWS_HELP = """\
 Rows are JSON lines, plain or .gz, in one of three forms:
   {"domain": "math", "id": "1", "user": "2+2?", "assistant": "4"}
   {"domain": "math", "messages": [{"role": "user", "content": "2+2?"}, ...]}
@@ -44,11 +44,6 @@ _ROUTER_EXAMPLES = """\
   xlora train --adapters math=experts/math law=experts/law --data rows/ --out my-xlora \\
       --steps 300 --depth 2 --size 512 --label-loss 0.1 --label-steps 100
   xlora generate --model demo --checkpoint my-xlora --prompt "What is 15% of 80?"
-"""
-_EVAL_EXAMPLES = """\
-  xlora eval --data rows/
-  xlora eval --checkpoint my-xlora --data heldout.jsonl --rows 64 --out figures.json
-  xlora eval --model path/to/base --checkpoint my-xlora --data rows/ --json
 """
 _HELP = {
     "steps": "optimiser steps",
@@ -90,10 +85,9 @@ _NUMBERS = {"save_every": int, "label_steps": int}  # whose default is None
 
 
 def add_command(commands: options.Commands) -> None:
-    """Adds ``train-expert``, ``train`` and ``eval``."""
+    """Adds ``train-expert`` and ``train``."""
     _add_expert(commands)
     _add_router(commands)
-    _add_eval(commands)
 
 
 def _add_expert(commands: options.Commands) -> None:
@@ -102,7 +96,7 @@ def _add_expert(commands: options.Commands) -> None:
         "train-expert",
         summary="train one LoRA expert",
         description="Trains one LoRA on a base model and writes it in PEFT's format. Needs the "
-        f"extra 'train':\npip install 'xlora-explorer[train]'\n\n{_ROWS}\n\n{_RESUME}",
+        f"extra 'train':\npip install 'xlora-explorer[train]'\n\n{ROWS_HELP}\n\n{_RESUME}",
         examples=_EXPERT_EXAMPLES,
     )
     parser.set_defaults(run=_run_expert)
@@ -127,7 +121,7 @@ def _add_router(commands: options.Commands) -> None:
         summary="train a router over LoRA experts",
         description="Trains an X-LoRA router over finished LoRA experts and writes a checkpoint "
         "with router and experts.\nThe experts stay as they are, unless --train-adapters lets "
-        f"them learn, too.\n\n{_ROWS}\nThe experts' names are the domains whose rows are "
+        f"them learn, too.\n\n{ROWS_HELP}\nThe experts' names are the domains whose rows are "
         f"read.\n\n{_RESUME}",
         examples=_ROUTER_EXAMPLES,
     )
@@ -141,30 +135,6 @@ def _add_router(commands: options.Commands) -> None:
     )
     _add_places(parser, out="folder of the X-LoRA checkpoint")
     _add_settings(parser, RouterTrainConfig())
-
-
-def _add_eval(commands: options.Commands) -> None:
-    parser = options.new_command(
-        commands,
-        "eval",
-        summary="held-out losses of every way to run the experts, as a table",
-        description="Measures the loss on held-out answers, in nats a token: base model, uniform "
-        "merge, each expert\nalone, X-LoRA, and the right expert for each row; how much of the "
-        f"mixture goes to the right\nexpert, and how often it leads.\n\n{_ROWS}",
-        examples=_EVAL_EXAMPLES,
-    )
-    parser.set_defaults(run=_run_eval)
-    parser.add_argument(
-        "--data", type=Path, required=True, metavar="FILE|FOLDER", help="the held-out rows"
-    )
-    parser.add_argument(
-        "--rows", type=int, default=16, metavar="N", help="rows of each domain (default: 16)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    parser.add_argument(
-        "--card", type=Path, metavar="FILE", help="write the table into this Markdown file"
-    )
-    options.add_model_options(parser)
 
 
 def _add_places(parser: argparse.ArgumentParser, *, out: str) -> None:
@@ -267,34 +237,6 @@ def _run_router(args: argparse.Namespace) -> int:
         progress=progress_on(sys.stderr, "router"),
     )
     return _print_log(args, log)
-
-
-def _run_eval(args: argparse.Namespace) -> int:
-    if args.rows < 1:
-        raise ConfigError(f"--rows must be at least 1, got {args.rows}")
-    for option in ("out", "card"):
-        path = getattr(args, option)
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"--{option} {path}: the folder {path.parent} does not exist")
-    model, tokenizer = options.load(args)
-    from xlora_core.training import report
-    from xlora_core.training.evaluation import table
-
-    record = report.run_evaluation(
-        model,
-        tokenizer,
-        data=args.data,
-        out=args.out,
-        card=args.card,
-        rows=args.rows,
-        command=_command(args),
-        report=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    if args.json:
-        options.print_json(record)
-    else:
-        print(table(record["results"]))
-    return 0
 
 
 def _check_out(args: argparse.Namespace) -> None:

@@ -27,6 +27,7 @@ class DomainResult:
         rows: Number of rows.
         tokens: Number of answer tokens.
         losses: Arm -> nats a token. Arms: ``base``, ``uniform`` (every expert at 1/K),
+            ``best_merge`` (every expert at a fitted weight, the same for all text),
             ``expert:<name>``, ``right`` (the oracle: prompts and answers with their own
             domain's expert alone), ``routed``.
         right_mass: Mean scaling on the right expert, over tokens and modules; None when no
@@ -51,6 +52,7 @@ def evaluate(
     groups: Mapping[str, Sequence[Example]],
     pad_id: int,
     *,
+    merge_weights: Sequence[float] | None = None,
     rows: int = 4,
     report: Report = silent,
 ) -> dict[str, DomainResult]:
@@ -60,17 +62,19 @@ def evaluate(
         model: The model; left in evaluation mode. In float32 for figures worth quoting.
         groups: Domain (or ``MIXED``) -> examples.
         pad_id: Token id to pad with.
+        merge_weights: K scalings of the arm ``best_merge``; None leaves it out.
         rows: Rows of one forward call.
         report: Gets a line per group.
     """
     model.eval()
+    constants = _constant_arms(model, merge_weights)
     names = model.adapter_names
     results = {}
     for name, examples in groups.items():
         losses: dict[str, float] = {}
         sums = RoutingSums()
         for group in by_length(examples, rows):
-            for arm, loss in _add_batch(model, collate(group, pad_id), sums).items():
+            for arm, loss in _add_batch(model, collate(group, pad_id), constants, sums).items():
                 losses[arm] = losses.get(arm, 0.0) + loss
         means = {key: round(value, 4) for key, value in sums.means(names).items()}
         if sums.known < sums.tokens:  # a token without a right expert has no oracle
@@ -95,12 +99,22 @@ def _in_short(name: str, result: DomainResult) -> str:
     return f"{name}: {result.tokens} tokens, {shown} nats a token{leads}"
 
 
-def _add_batch(model: XLoraModel, batch: Batch, sums: RoutingSums) -> dict[str, float]:
+def _constant_arms(model: XLoraModel, merge_weights: Sequence[float] | None) -> dict[str, Tensor]:
+    """Returns the arms of one set of scalings ``[K]`` for every token and module."""
+    names, device = model.adapter_names, model.device
+    one_hot = torch.eye(len(names), device=device)
+    arms = {"uniform": torch.full((len(names),), 1 / len(names), device=device)}
+    if merge_weights is not None:
+        arms["best_merge"] = torch.tensor(list(merge_weights), device=device)
+    return arms | {f"expert:{name}": one_hot[k] for k, name in enumerate(names)}
+
+
+def _add_batch(
+    model: XLoraModel, batch: Batch, constants: Mapping[str, Tensor], sums: RoutingSums
+) -> dict[str, float]:
     """Adds a batch's routing to the sums; returns each arm's loss summed over answer tokens."""
     names = model.adapter_names
-    n_adapters = len(names)
-    device = model.device
-    batch = batch.to(device)
+    batch = batch.to(model.device)
     columns = answer_columns(batch.labels)
     rows, writers = answer_positions(batch.labels).unbind(dim=1)
     inputs = {
@@ -109,29 +123,57 @@ def _add_batch(model: XLoraModel, batch: Batch, sums: RoutingSums) -> dict[str, 
         "logits_to_keep": columns,
         "use_cache": False,
     }
-    indices = batch.domain_indices({name: k for k, name in enumerate(names)})
+
+    def loss_of(logits: Tensor) -> float:
+        return float(column_losses(logits.to(model.device), batch.labels, columns).sum())
+
+    base_logits, routed_logits, router_logits = _base_and_routed(model, inputs)
+    losses = {"base": loss_of(base_logits)}
+    for arm, scalings in constants.items():
+        losses[arm] = loss_of(model.main_pass(scalings=scalings, **inputs).logits)
     # The scalings of a token write the next one, so a token's right expert is the next one's.
+    indices = batch.domain_indices({name: k for k, name in enumerate(names)})
     right = indices.roll(-1, dims=1)
     right[:, -1] = NO_DOMAIN
-    ahead = _filled_from_ahead(right)
-    one_hot = torch.eye(n_adapters, device=device)
-    oracle = torch.zeros(*right.shape, 1, n_adapters, device=device)
-    oracle[ahead >= 0] = one_hot[ahead[ahead >= 0]].unsqueeze(1)
-    arms: dict[str, Tensor | None] = {
-        "base": None,
-        "uniform": torch.full((n_adapters,), 1 / n_adapters, device=device),
-        **{f"expert:{name}": one_hot[k] for k, name in enumerate(names)},
-        "right": oracle,
-    }
-    losses = {}
-    for arm, scalings in arms.items():
-        logits = model.main_pass(scalings=scalings, **inputs).logits.to(device)
-        losses[arm] = float(column_losses(logits, batch.labels, columns).sum())
-    logits, router_logits = routed_call(model, **inputs)
-    losses["routed"] = float(column_losses(logits.to(device), batch.labels, columns).sum())
-    routed = model.route(router_logits).to(device)  # [B, T, L or 1, K]
+    experts = right[rows, writers].unique().tolist()
+    if len(experts) == 1 and experts[0] != NO_DOMAIN:
+        losses["right"] = losses[f"expert:{names[experts[0]]}"]
+    else:
+        oracle = _oracle(right, len(names))
+        losses["right"] = loss_of(model.main_pass(scalings=oracle, **inputs).logits)
+    losses["routed"] = loss_of(routed_logits)
+    routed = model.route(router_logits).to(model.device)  # [B, T, L or 1, K]
     sums.add(routed[rows, writers], right[rows, writers])
     return losses
+
+
+def _base_and_routed(model: XLoraModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns the logits of the base model and of the routed one, and the router logits.
+
+    With the adapters at 0 in the scaling pass, that pass is the base model: one run serves both.
+    """
+    if model.is_routed_per_layer or model.config_xlora.scaling_pass_value != 0:
+        base = model.main_pass(scalings=None, **inputs)
+        return base.logits, *routed_call(model, **inputs)
+    base = model.main_pass(scalings=None, output_hidden_states=True, **inputs)
+    router_logits = model.classifier(base.hidden_states[-1])
+    routed = model.main_pass(scalings=model.route(router_logits), **inputs)
+    return base.logits, routed.logits, router_logits
+
+
+def _oracle(right: Tensor, n_adapters: int) -> Tensor:
+    """Returns one-hot scalings ``[B, T, 1, K]`` of each token's right expert.
+
+    Args:
+        right: Index of the expert that each token's next one belongs to, int64 ``[B, T]``,
+            ``NO_DOMAIN`` where it is none's.
+        n_adapters: K.
+    """
+    ahead = _filled_from_ahead(right)
+    oracle = torch.zeros(*right.shape, 1, n_adapters, device=right.device)
+    one_hot = torch.eye(n_adapters, device=right.device)
+    oracle[ahead >= 0] = one_hot[ahead[ahead >= 0]].unsqueeze(1)
+    return oracle
 
 
 def _filled_from_ahead(right: Tensor) -> Tensor:
@@ -142,23 +184,16 @@ def _filled_from_ahead(right: Tensor) -> Tensor:
     return filled
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """Returns the results (as read from the JSON file) as a Markdown table.
+def mean_losses(results: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the mean over the domains of every arm, ``MIXED`` left out.
 
-    The lowest loss of a row is bold; ``right expert`` is the oracle.
+    An arm that some domain lacks has no mean.
+
+    Args:
+        results: As read from the JSON file.
     """
-    arms = [arm for arm in next(iter(results.values()))["losses"] if arm != "right"]
-    header = ["domain", "tokens", *arms, "right expert", "mass on right", "right is strongest"]
-    lines = [" | ".join(header), " | ".join(["---"] + ["--:"] * (len(header) - 1))]
-    for domain, result in results.items():
-        losses = result["losses"]
-        best = min(losses[arm] for arm in arms)
-        cells = [
-            f"**{losses[arm]:.2f}**" if losses[arm] == best else f"{losses[arm]:.2f}"
-            for arm in arms
-        ]
-        right = f"{losses['right']:.2f}" if "right" in losses else "-"
-        mass = "-" if result["right_mass"] is None else f"{result['right_mass']:.2f}"
-        top = "-" if result["right_top"] is None else f"{result['right_top']:.0%}"
-        lines.append(" | ".join([domain, str(result["tokens"]), *cells, right, mass, top]))
-    return "\n".join(f"| {line} |" for line in lines)
+    losses = [result["losses"] for name, result in results.items() if name != MIXED]
+    arms = [arm for arm in losses[0] if all(arm in of_domain for of_domain in losses)]
+    return {
+        arm: round(sum(of_domain[arm] for of_domain in losses) / len(losses), 4) for arm in arms
+    }

@@ -22,7 +22,6 @@ from xlora_core.training.data import (
     read_domain,
     read_splits,
 )
-from xlora_core.training.evaluation import table
 from xlora_core.training.experts import import_peft, train_expert
 from xlora_core.training.identity import router_identity, run_identity
 from xlora_core.training.log import LOG_FILE, TrainingLog, finished_run
@@ -34,6 +33,7 @@ from xlora_core.training.router import (
     router_examples,
     work_folder,
 )
+from xlora_core.training.tables import tables
 
 DEMO = "demo"
 DEMO_BASE_NAME = "SmolLM2-135M-Instruct"
@@ -216,7 +216,7 @@ def _plain(row: Row) -> dict[str, Any]:
 def run_demo(
     *, data: Path, out: Path, work: Path, base: str = DEMO, report: Report = silent
 ) -> str:
-    """Trains the demo's experts and router, and evaluates them; returns the table.
+    """Trains the demo's experts and router, and evaluates them; returns the tables.
 
     Goes on where an earlier call with the same ``work`` was cut off.
     """
@@ -258,4 +258,4 @@ def run_demo(
         command=command,
         report=report,
     )
-    return table(record["results"])
+    return tables(record)

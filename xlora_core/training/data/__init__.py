@@ -19,7 +19,14 @@ from xlora_core.training.data.encoding import (
     joined,
     mixed_examples,
 )
-from xlora_core.training.data.rows import SPLITS, Row, read_domain, read_rows, read_splits
+from xlora_core.training.data.rows import (
+    SPLITS,
+    Row,
+    has_split,
+    read_domain,
+    read_rows,
+    read_splits,
+)
 
 __all__ = [
     "IGNORE",
@@ -32,6 +39,7 @@ __all__ = [
     "collate",
     "encode",
     "encode_rows",
+    "has_split",
     "joined",
     "mixed_examples",
     "pad_id",

@@ -137,17 +137,26 @@ def read_splits(
     return splits
 
 
+def has_split(data: str | Path, domain: str, split: str) -> bool:
+    """Returns whether a folder holds a file of a domain's split; a single file never says."""
+    return Path(data).is_dir() and any(path.is_file() for path in _candidates(data, domain, split))
+
+
+def _candidates(data: str | Path, domain: str, split: str) -> list[Path]:
+    stems = (f"{domain}.{split}", split)
+    return [Path(data) / f"{stem}.jsonl{end}" for stem in stems for end in (".gz", "")]
+
+
 def _file_of(data: Path, domain: str, split: str) -> Path:
     if not data.is_dir():
         return data
-    stems = (f"{domain}.{split}", split)
-    names = [f"{stem}.jsonl{end}" for stem in stems for end in (".gz", "")]
-    for name in names:
-        if (data / name).is_file():
-            return data / name
+    paths = _candidates(data, domain, split)
+    for path in paths:
+        if path.is_file():
+            return path
     raise ConfigError(
         f"no {domain}.{split}.jsonl in {data}",
-        hint=f"the folder must hold one of {', '.join(names)}",
+        hint=f"the folder must hold one of {', '.join(path.name for path in paths)}",
     )
 
 

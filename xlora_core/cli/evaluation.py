@@ -1,0 +1,85 @@
+"""``xlora eval``: how every way to run the experts does on held-out rows."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from xlora_core.cli import options
+from xlora_core.cli.training import ROWS_HELP
+from xlora_core.errors import ConfigError
+
+_EXAMPLES = """\
+  xlora eval --data rows/
+  xlora eval --checkpoint my-xlora --data heldout.jsonl --rows 64 --out figures.json
+  xlora eval --model path/to/base --checkpoint my-xlora --data rows/ --json
+"""
+
+
+def add_command(commands: options.Commands) -> None:
+    """Adds ``eval``."""
+    parser = options.new_command(
+        commands,
+        "eval",
+        summary="held-out losses of every way to run the experts, as tables",
+        description="Measures the loss on held-out answers, in nats a token: base model, uniform "
+        "merge, best weighted\nmerge, each expert alone, X-LoRA, and the right expert for each "
+        "row; how much of the mixture\ngoes to the right expert, and how often it leads.\nThe best "
+        "merge has one weight for each expert, the same for all text, fitted on the training\n"
+        f"rows of the data folder.\n\n{ROWS_HELP}",
+        examples=_EXAMPLES,
+    )
+    parser.set_defaults(run=_run)
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="FILE|FOLDER", help="the held-out rows"
+    )
+    parser.add_argument(
+        "--rows", type=int, default=16, metavar="N", help="rows of each domain (default: 16)"
+    )
+    parser.add_argument(
+        "--merge-steps",
+        type=int,
+        default=32,
+        metavar="N",
+        help="steps that fit the best merge; 0 leaves it out (default: 32)",
+    )
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument(
+        "--card", type=Path, metavar="FILE", help="write the tables into this Markdown file"
+    )
+    options.add_model_options(parser)
+
+
+def _run(args: argparse.Namespace) -> int:
+    faults = [] if args.rows >= 1 else [f"--rows must be at least 1, got {args.rows}"]
+    if args.merge_steps < 0:
+        faults.append(f"--merge-steps must be at least 0, got {args.merge_steps}")
+    for option in ("out", "card"):
+        path = getattr(args, option)
+        if path is not None and not path.parent.is_dir():
+            faults.append(f"--{option} {path}: the folder {path.parent} does not exist")
+    if faults:
+        raise ConfigError(faults)
+    model, tokenizer = options.load(args)
+    from xlora_core.training import report
+    from xlora_core.training.log import public_command
+    from xlora_core.training.merge_fit import MergeFitSettings
+    from xlora_core.training.tables import tables
+
+    record = report.run_evaluation(
+        model,
+        tokenizer,
+        data=args.data,
+        out=args.out,
+        card=args.card,
+        rows=args.rows,
+        merge=MergeFitSettings(steps=args.merge_steps) if args.merge_steps else None,
+        command=public_command("xlora", args.argv),
+        report=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+    if args.json:
+        options.print_json(record)
+    else:
+        print(tables(record))
+    return 0

@@ -1,0 +1,118 @@
+"""The tables of an evaluation, in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xlora_core.training.evaluation import MIXED, mean_losses
+
+# Arm of the record -> its column, in the order of the table.
+_ARMS = {
+    "base": "base",
+    "uniform": "uniform merge",
+    "best_merge": "best merge",
+    "routed": "routed",
+    "right": "right expert",
+}
+_MEAN = "mean"
+_NOTHING = "-"
+
+
+def tables(record: Mapping[str, Any]) -> str:
+    """Returns all tables of a record (as read from the JSON file), with what they mean."""
+    parts = [
+        "Held-out loss, nats a token:",
+        table(record["results"]),
+        "Every expert alone, nats a token; bold where a domain's own expert is the best of them:",
+        expert_table(record["results"]),
+    ]
+    merge = record.get("merge")
+    if merge:
+        parts += [
+            f"Weights of the best merge, fitted on {merge['rows']} training rows:",
+            merge_table(merge["weights"]),
+        ]
+    parts += record.get("notes", [])
+    parts.append(_made_by(record))
+    return "\n\n".join(parts)
+
+
+def table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns losses and routing: a line for each domain, and one for the mean of the domains.
+
+    The lowest loss of the arms that do not know the domain is bold; ``right expert`` is the
+    oracle, that does. The mean leaves ``MIXED`` out.
+    """
+    means = mean_losses(results)
+    arms = [arm for arm in _ARMS if arm in next(iter(results.values()))["losses"] or arm == "right"]
+    header = ["domain", "answer tokens", *(_ARMS[arm] for arm in arms)]
+    header += ["mass on right", "right is strongest", "router entropy"]
+    lines = []
+    for name, result in results.items():
+        routing = [
+            _figure(result["right_mass"], ".2f"),
+            _figure(result["right_top"], ".0%"),
+            _figure(result["entropy"], ".2f"),
+        ]
+        lines.append([name, str(result["tokens"]), *_losses(result["losses"], arms), *routing])
+    tokens = sum(result["tokens"] for name, result in results.items() if name != MIXED)
+    lines.append([f"{_MEAN} of domains", str(tokens), *_losses(means, arms), *[_NOTHING] * 3])
+    return markdown(header, lines)
+
+
+def expert_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns each expert's loss alone, in every domain; an own expert that is the best is bold."""
+    means = mean_losses(results)
+    prefix = "expert:"
+    experts = [arm for arm in next(iter(results.values()))["losses"] if arm.startswith(prefix)]
+    lines = []
+    of_lines = {name: result["losses"] for name, result in results.items()}
+    for name, losses in {**of_lines, f"{_MEAN} of domains": means}.items():
+        best = min(losses[arm] for arm in experts)
+        lines.append(
+            [name]
+            + [
+                f"**{losses[arm]:.2f}**"
+                if arm == prefix + name and losses[arm] == best
+                else f"{losses[arm]:.2f}"
+                for arm in experts
+            ]
+        )
+    return markdown(["domain", *(arm.removeprefix(prefix) for arm in experts)], lines)
+
+
+def merge_table(weights: Mapping[str, float]) -> str:
+    """Returns the weights of a merge."""
+    cells = [f"{weight:.2f}" for weight in (*weights.values(), sum(weights.values()))]
+    return markdown(["expert", *weights, "sum"], [["weight", *cells]])
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """Returns a Markdown table, the first column to the left, all others to the right."""
+    ruler = ["---"] + ["--:"] * (len(header) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *lines))
+
+
+def _losses(losses: Mapping[str, float], arms: Sequence[str]) -> list[str]:
+    lowest = min(losses[arm] for arm in arms if arm in losses and arm != "right")
+    cells = []
+    for arm in arms:
+        text = _figure(losses.get(arm), ".3f")
+        bold = arm != "right" and losses.get(arm) == lowest
+        cells.append(f"**{text}**" if bold else text)
+    return cells
+
+
+def _figure(value: float | None, form: str) -> str:
+    return _NOTHING if value is None else format(value, form)
+
+
+def _made_by(record: Mapping[str, Any]) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    tokens = sum(result["tokens"] for result in record["results"].values())
+    return (
+        f"Measured by `{record['command']}`: {record['rows_per_domain']} held-out rows a domain "
+        f"at most, of at most {record['max_length']} tokens; {tokens} answer tokens; "
+        f"{record['dtype']}; {versions}."
+    )
