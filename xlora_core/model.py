@@ -159,7 +159,12 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnload
         return model
 
     def save_pretrained(
-        self, folder: str | Path, *, bundle: bool = True, safe_serialization: bool = True
+        self,
+        folder: str | Path,
+        *,
+        bundle: bool = True,
+        relative: bool = False,
+        safe_serialization: bool = True,
     ) -> None:
         """Writes a checkpoint: router, experts, names, module order.
 
@@ -167,6 +172,8 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnload
             folder: A new or empty folder, or a checkpoint to replace.
             bundle: Copy the experts into it, so that it needs nothing else. False stores only
                 where they were read, and a hash of each.
+            relative: Without ``bundle``: store where they are seen from the checkpoint, so that
+                it and they can be moved together.
             safe_serialization: PEFT's argument; False would be a pickle and is refused.
 
         Raises:
@@ -193,6 +200,7 @@ class XLoraModel(XLoraGeneration, XLoraEncoderDecoder, XLoraEditing, XLoraUnload
                 base=base_identity(self.base_model.config),
             ),
             bundle=bundle,
+            relative=relative,
         )
 
     def _current_adapters(self) -> list[LoraAdapter]:

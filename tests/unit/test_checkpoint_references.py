@@ -146,3 +146,33 @@ def test_version_1_never_leads_out_and_version_2_is_absolute(saved: Path) -> Non
     edit_header(saved, lambda h: h["adapters"][0].update(path="experts/expert-0"))
     with pytest.raises(CheckpointError, match="'experts/expert-0' must be absolute in version 2"):
         load(saved)
+
+
+def test_experts_can_be_seen_from_the_checkpoint(model: XLoraModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "both" / "saved", bundle=False, relative=True)
+    values = header(tmp_path / "both" / "saved")
+    assert values["version"] == 3
+    assert [entry["path"] for entry in values["adapters"]] == [
+        f"../../experts/expert-{i}" for i in range(3)
+    ]
+    assert torch.equal(logits(load(tmp_path / "both" / "saved")), logits(model))
+
+
+def test_a_checkpoint_moves_with_the_experts_it_sees(model: XLoraModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "saved", bundle=False, relative=True)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("saved", "experts"):
+        (tmp_path / name).rename(elsewhere / name)
+    again = load(elsewhere / "saved")
+    assert torch.equal(logits(again), logits(model))
+    assert again.config_xlora.adapters["1"] == str(elsewhere / "experts" / "expert-1")
+    (elsewhere / "saved").rename(tmp_path / "saved")
+    with pytest.raises(AdapterError, match="adapter '0': folder .* does not exist"):
+        load(tmp_path / "saved")
+
+
+def test_version_3_is_relative(saved: Path) -> None:
+    edit_header(saved, lambda h: h.update(version=3))
+    with pytest.raises(CheckpointError, match="must be relative in version 3"):
+        load(saved)

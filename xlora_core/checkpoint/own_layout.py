@@ -8,12 +8,14 @@
                                gates.<module>.weight, gates.<module>.bias of a per-layer router
     adapters/<n>-<name>/       one PEFT LoRA folder per expert, readable by PEFT itself
 
-Version 1 is self-contained: paths in it are relative, and nothing outside it is read. In version 2
-the experts are referenced: ``adapters/`` is missing, and the paths are absolute.
+Version 1 is self-contained: paths in it are relative, and nothing outside it is read. In versions 2
+and 3 the experts are referenced and ``adapters/`` is missing: by absolute paths in version 2, as seen
+from the checkpoint folder in version 3, so that it and they can be moved together.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -42,19 +44,23 @@ from xlora_core.checkpoint.fitting import check_router
 from xlora_core.errors import CheckpointError
 
 FORMAT = "xlora-explorer"
-VERSION = 2
+VERSION = 3
 HEADER_FILE = "xlora.json"
 CLASSIFIER_FILE = "classifier.safetensors"
-_BUNDLED, _REFERENCED = 1, 2
+_BUNDLED, _REFERENCED, _SEEN_FROM_FOLDER = 1, 2, 3
 
 
-def write_checkpoint(folder: str | Path, checkpoint: Checkpoint, *, bundle: bool = True) -> None:
+def write_checkpoint(
+    folder: str | Path, checkpoint: Checkpoint, *, bundle: bool = True, relative: bool = False
+) -> None:
     """Writes a checkpoint folder; an existing checkpoint there is replaced as a whole.
 
     Args:
         folder: A new or empty folder, or a checkpoint of ours.
         checkpoint: With ``layer_names`` and ``base``.
         bundle: Copy the experts into the folder. False stores where they are, and their sha256.
+        relative: Store where experts are seen from the folder, so that the checkpoint and they
+            can be moved together; else it can be moved without them. Matters without ``bundle``.
 
     Raises:
         CheckpointError: If the folder holds something else, or cannot be written; if module names
@@ -67,10 +73,11 @@ def write_checkpoint(folder: str | Path, checkpoint: Checkpoint, *, bundle: bool
             hint="fit the checkpoint to its base model first (check_fits, or --base)",
         )
     target = Path(folder)
-    referenced = {} if bundle else _referenced(target, checkpoint)
+    version = _BUNDLED if bundle else _SEEN_FROM_FOLDER if relative else _REFERENCED
+    referenced = {} if bundle else _referenced(target, checkpoint, relative=relative)
 
     def write(staging: Path) -> None:
-        _write_files(staging, checkpoint, referenced)
+        _write_files(staging, checkpoint, referenced, version)
 
     write_folder(
         target,
@@ -97,10 +104,9 @@ def read_own(folder: Path, overrides: Mapping[str, str | Path]) -> Checkpoint:
         entries = header["adapters"]
         names = [str(entry["name"]) for entry in entries]
         hashes = {str(entry["name"]): entry["sha256"] for entry in entries}
-        bundled = header["version"] == _BUNDLED
         paths = {
-            str(e["name"]): _inside(folder, e["path"]) if bundled else _outside(e["path"])
-            for e in entries
+            str(entry["name"]): _expert_folder(folder, entry["path"], header["version"])
+            for entry in entries
         }
         layer_names = [str(name) for name in header["layer_names"]]
         base = dict(header["base"])
@@ -132,19 +138,32 @@ def read_own(folder: Path, overrides: Mapping[str, str | Path]) -> Checkpoint:
     )
 
 
-def _referenced(folder: Path, checkpoint: Checkpoint) -> dict[str, Path]:
-    return {
+def _referenced(
+    folder: Path, checkpoint: Checkpoint, *, relative: bool
+) -> dict[str, tuple[Path, str]]:
+    """Returns of each expert: the folder that holds it, and how the header names that folder."""
+    paths = {
         adapter.name: referenced_folder(folder, adapter, checkpoint.config)
         for adapter in checkpoint.adapters
     }
+    if not relative:
+        return {name: (path, path.as_posix()) for name, path in paths.items()}
+    start = folder.resolve()
+    return {
+        name: (path, Path(os.path.relpath(path, start)).as_posix()) for name, path in paths.items()
+    }
 
 
-def _write_files(folder: Path, checkpoint: Checkpoint, referenced: Mapping[str, Path]) -> None:
+def _write_files(
+    folder: Path,
+    checkpoint: Checkpoint,
+    referenced: Mapping[str, tuple[Path, str]],
+    version: int,
+) -> None:
     entries = []
     for index, adapter in enumerate(checkpoint.adapters):
         if adapter.name in referenced:
-            path = referenced[adapter.name]
-            stored = path.as_posix()
+            path, stored = referenced[adapter.name]
         else:
             stored = f"adapters/{numbered_folder(index, adapter.name)}"
             path = folder / stored
@@ -155,7 +174,7 @@ def _write_files(folder: Path, checkpoint: Checkpoint, referenced: Mapping[str, 
     header = {
         "format": FORMAT,
         # The lowest version that can say it, so that older programs read it, too.
-        "version": _REFERENCED if referenced else _BUNDLED,
+        "version": version,
         "config": values,
         "adapters": entries,
         "layer_names": list(checkpoint.layer_names or ()),
@@ -180,16 +199,17 @@ def _read_header(folder: Path) -> dict[str, Any]:
     return header
 
 
-def _inside(folder: Path, relative: str) -> Path:
-    """Returns ``folder / relative``, refusing paths that leave the folder."""
-    path = (folder / relative).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise ValueError(f"adapter path {relative!r} leads out of the checkpoint folder")
-    return path
+def _expert_folder(folder: Path, stored: str, version: int) -> Path:
+    """Returns the folder that a path in the header means.
 
-
-def _outside(stored: str) -> Path:
-    path = Path(stored)
-    if not path.is_absolute():
-        raise ValueError(f"adapter path {stored!r} must be absolute in version {_REFERENCED}")
+    Raises:
+        ValueError: If a path leaves a checkpoint that has its experts inside, or is relative
+            where it must be absolute, or the other way round.
+    """
+    path = (folder / stored).resolve()
+    if version == _BUNDLED and not path.is_relative_to(folder.resolve()):
+        raise ValueError(f"adapter path {stored!r} leads out of the checkpoint folder")
+    if version != _BUNDLED and Path(stored).is_absolute() != (version == _REFERENCED):
+        kind = "absolute" if version == _REFERENCED else "relative"
+        raise ValueError(f"adapter path {stored!r} must be {kind} in version {version}")
     return path
