@@ -8,9 +8,9 @@
                                gates.<module>.weight, gates.<module>.bias of a per-layer router
     adapters/<n>-<name>/       one PEFT LoRA folder per expert, readable by PEFT itself
 
-Version 1 is self-contained: paths in it are relative, and nothing outside it is read. In versions 2
-and 3 the experts are referenced and ``adapters/`` is missing: by absolute paths in version 2, as seen
-from the checkpoint folder in version 3, so that it and they can be moved together.
+Version 1 is self-contained: paths in it are relative, and nothing outside it is read. In versions
+2 and 3 the experts are referenced and ``adapters/`` is missing: by absolute paths in version 2, as
+seen from the checkpoint folder in version 3, so that it and they can be moved together.
 """
 
 from __future__ import annotations
