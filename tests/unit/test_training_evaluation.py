@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,9 +12,9 @@ from tests.tiny_models import tiny_xlora
 from tests.training_models import PAD, letter_tokenizer, row, write_rows
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
-from xlora_core.training import recipes, report
+from xlora_core.training import report
 from xlora_core.training.card import write_into_card
-from xlora_core.training.data import encode, encode_rows, mixed_examples, read_domain
+from xlora_core.training.data import encode, encode_rows, mixed_examples
 from xlora_core.training.evaluation import evaluate
 from xlora_core.training.tables import table
 
@@ -97,19 +96,3 @@ def test_rows_that_are_all_too_long_are_an_error(model: XLoraModel, tmp_path: Pa
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match="no held-out row of 1 fits into 288 tokens"):
         report.evaluation_groups(path, model.adapter_names, letter_tokenizer(), rows=4)
-
-
-def test_the_sample_leaves_out_what_has_no_licence(tmp_path: Path) -> None:
-    lines = [
-        {"domain": "chemistry", "id": str(i), "user": "u", "assistant": text}
-        for i, text in enumerate(["It melts at 3 K.", "Its formula is H2O.", "z" * 2000])
-    ]
-    for split in ("train", "heldout"):
-        text = "\n".join(json.dumps(line) for line in lines)
-        (tmp_path / f"chemistry.{split}.jsonl").write_text(text)
-    outs = [tmp_path / "a", tmp_path / "b"]
-    for out in outs:
-        recipes.write_sample(tmp_path, ["chemistry"], out, train=2, heldout=2)
-    assert [r.id for r in read_domain(outs[0], "chemistry", "train")] == ["1"]
-    name = "chemistry.train.jsonl.gz"
-    assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()

@@ -21,6 +21,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             data=options.data,
             out=options.out,
             work=options.work,
+            rows=options.rows,
             base=options.base,
             report=lambda line: print(line, file=sys.stderr, flush=True),
         )
@@ -45,6 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", type=Path, required=True, help="folder of DOMAIN.SPLIT.jsonl.gz")
     demo.add_argument("--out", type=Path, default=Path("sample_data"))
     demo.add_argument("--work", type=Path, default=Path(".train-demo"), help="kept between calls")
+    demo.add_argument(
+        "--rows", type=Path, default=Path("sample_data/rows"), help="rows of the evaluation"
+    )
     demo.add_argument("--base", default=recipes.DEMO)
     return parser
 

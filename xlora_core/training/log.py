@@ -46,11 +46,11 @@ class TrainingLog:
         default_factory=lambda: {name: version(name) for name in _PACKAGES}
     )
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: Path, name: str = LOG_FILE) -> None:
         """Writes the log as JSON into a folder, atomically."""
-        partial = folder / f"{LOG_FILE}.partial"
+        partial = folder / f"{name}.partial"
         partial.write_text(json.dumps(asdict(self)) + "\n", encoding="utf-8")
-        partial.replace(folder / LOG_FILE)
+        partial.replace(folder / name)
 
 
 def log_of_history(

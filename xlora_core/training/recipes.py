@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import random
-import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xlora_core.checkpoint import read_checkpoint
 from xlora_core.config.training import ExpertTrainConfig, RouterTrainConfig
 from xlora_core.demo import load_base
 from xlora_core.model import XLoraModel
-from xlora_core.training.data import (
-    Row,
-    encode_rows,
-    pad_id,
-    read_domain,
-    read_splits,
-)
+from xlora_core.training.data import encode_rows, pad_id, read_splits
 from xlora_core.training.experts import import_peft, train_expert
 from xlora_core.training.identity import router_identity, run_identity
-from xlora_core.training.log import LOG_FILE, TrainingLog, finished_run
+from xlora_core.training.log import TrainingLog, finished_run
 from xlora_core.training.progress import LineProgress, Progress, Report, silent
 from xlora_core.training.report import example_groups, run_evaluation
 from xlora_core.training.router import (
@@ -48,12 +39,14 @@ DEMO_EXPERTS = (
     ExpertTrainConfig(domain="law", steps=120, rows=8, max_length=256),
     ExpertTrainConfig(domain="verse", steps=80, rows=8, max_length=256),
 )
-DEMO_ROUTER = RouterTrainConfig(steps=100, rows=6, max_length=224, eval_every=50)
+DEMO_ROUTER = RouterTrainConfig(
+    steps=150, rows=6, max_length=224, learning_rate=2e-3, label_start_rows=400, eval_every=25
+)
+DEMO_GATES = RouterTrainConfig(
+    router="per_layer", steps=80, rows=6, max_length=224, label_loss=0.1, eval_every=20
+)
 _HELD_OUT_ROWS = 16  # of the curve of an expert
 _HELD_OUT_ROWS_EACH = 3  # of each domain, of the curve of a router
-
-# Rows that cite tables whose licence was not found are left out of the committed sample.
-_UNLICENSED = re.compile(r"melts at|boils at|log P is|IUPAC name \)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +124,7 @@ def run_router(
     *,
     out: Path,
     work: Path | None = None,
+    bundle: bool = True,
     command: str = "",
     progress: Progress | None = None,
 ) -> TrainingLog:
@@ -139,6 +133,16 @@ def run_router(
     The experts' names are the domains whose rows are read. Frozen experts under a bfloat16 base
     are rounded while the router trains; the checkpoint is written from a float32 model, so they
     keep every bit.
+
+    Args:
+        settings: How to train, and the router's shape.
+        adapters: Name -> folder of the experts, in the router's output order.
+        source: Base model and rows.
+        out: Folder of the checkpoint and ``training.json``.
+        work: Folder of the trainer's checkpoints; None is beside ``out``.
+        bundle: Copy the experts into ``out``; False refers to them, as seen from there.
+        command: The command line, for the log.
+        progress: Shows how it gets on.
 
     Raises:
         ConfigError: If ``out`` holds the result of another run, or there are no rows.
@@ -170,7 +174,7 @@ def run_router(
         del model, base
         model = fresh_model(source.load("float32")[0], adapters, settings)
         model.load_state_dict(trained, strict=False)
-    model.save_pretrained(out)
+    model.save_pretrained(out, bundle=bundle, relative=not bundle)
     log.write(out)
     shutil.rmtree(work, ignore_errors=True)
     return log
@@ -181,51 +185,29 @@ def router_weights(model: XLoraModel) -> dict[str, Any]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def write_sample(
-    data: Path, domains: Sequence[str], out: Path, *, train: int, heldout: int, seed: int = 0
-) -> None:
-    """Writes a small, fixed sample of rows for tests, tutorials and the evaluation.
-
-    Only rows that may be shared are taken; they are drawn from those short enough to be used
-    whole.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    for domain in domains:
-        for split, count in (("train", train), ("heldout", heldout)):
-            rows = [
-                row
-                for row in read_domain(data, domain, split)
-                if not _UNLICENSED.search(row.assistant) and len(row.user + row.assistant) < 1600
-            ]
-            chosen = random.Random(seed).sample(rows, min(count, len(rows)))
-            lines = [json.dumps(_plain(row), ensure_ascii=False) for row in chosen]
-            path = out / f"{domain}.{split}.jsonl.gz"
-            # mtime and name fixed: the same rows make the same file
-            with path.open("wb") as raw, gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:
-                packed.write(("\n".join(lines) + "\n").encode())
-
-
-def _plain(row: Row) -> dict[str, Any]:
-    values: dict[str, Any] = {"domain": row.domain, "id": row.id}
-    if row.history:
-        messages = [{"role": role, "content": content} for role, content in row.messages]
-        return values | {"messages": messages}
-    return values | {"user": row.user, "assistant": row.assistant}
-
-
 def run_demo(
-    *, data: Path, out: Path, work: Path, base: str = DEMO, report: Report = silent
+    *, data: Path, out: Path, work: Path, rows: Path, base: str = DEMO, report: Report = silent
 ) -> str:
-    """Trains the demo's experts and router, and evaluates them; returns the tables.
+    """Trains the demo's experts and both its routers, and evaluates them; returns the tables.
 
     Goes on where an earlier call with the same ``work`` was cut off.
+
+    Args:
+        data: Folder of ``DOMAIN.train.jsonl.gz`` and ``DOMAIN.heldout.jsonl.gz``.
+        out: Gets ``demo/``, ``demo-per-layer/``, ``training/``, the figures and their tables.
+        work: The trained experts, and the checkpoints of what is not finished.
+        rows: The rows of the evaluation, as ``data``.
+        base: ``"demo"``, or the folder of a base model.
+        report: Gets a line per step.
     """
     command = "python -m xlora_core.training demo"
     source = Source(data=data, base=base)
-    adapters = {}
+    logs = out / "training"
+    logs.mkdir(parents=True, exist_ok=True)
+    trained = {}
     for settings in DEMO_EXPERTS:
         folder = work / "experts" / settings.domain
-        run_expert(
+        log = run_expert(
             settings,
             source,
             out=folder,
@@ -233,26 +215,30 @@ def run_demo(
             command=command,
             progress=LineProgress(report, settings.domain),
         )
-        adapters[settings.domain] = str(folder)
-    run_router(
-        DEMO_ROUTER,
-        adapters,
-        source,
-        out=out / "demo",
-        work=work / "router",
-        command=command,
-        progress=LineProgress(report, "router"),
-    )
-    logs = out / "training"
-    logs.mkdir(parents=True, exist_ok=True)
-    for name, trained in {**adapters, "router": str(out / "demo")}.items():
-        (logs / f"{name}.json").write_bytes((Path(trained) / LOG_FILE).read_bytes())
-    write_sample(data, list(adapters), out / "rows", train=32, heldout=16)
+        log.write(logs, f"{settings.domain}.json")
+        trained[settings.domain] = str(folder)
+    for name, router, folder in (
+        ("router", DEMO_ROUTER, out / "demo"),
+        ("router-per-layer", DEMO_GATES, out / "demo-per-layer"),
+    ):
+        log = run_router(
+            router,
+            trained,
+            source,
+            out=folder,
+            work=work / name,
+            bundle=folder == out / "demo",
+            command=command,
+            progress=LineProgress(report, name),
+        )
+        log.write(logs, f"{name}.json")
+        # What the second one refers to: the experts that the first one brought along.
+        trained = dict(read_checkpoint(folder).config.adapters)
     model, tokenizer = source.load("float32")
     record = run_evaluation(
         XLoraModel.from_pretrained(model, out / "demo"),
         tokenizer,
-        data=out / "rows",
+        data=rows,
         out=out / "evaluation.json",
         card=out / "MODEL_CARD.md",
         command=command,
