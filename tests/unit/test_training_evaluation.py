@@ -16,7 +16,7 @@ from xlora_core.training import report
 from xlora_core.training.card import write_into_card
 from xlora_core.training.data import encode, encode_rows, mixed_examples
 from xlora_core.training.evaluation import evaluate
-from xlora_core.training.tables import table
+from xlora_core.training.tables import table, tables
 
 
 @pytest.fixture
@@ -95,4 +95,16 @@ def test_rows_that_are_all_too_long_are_an_error(model: XLoraModel, tmp_path: Pa
     rows += [{"domain": "1", "user": "a" * 400, "assistant": "b"}]
     path = write_rows(tmp_path / "rows.jsonl", rows)
     with pytest.raises(ConfigError, match="no held-out row of 1 fits into 288 tokens"):
-        report.evaluation_groups(path, model.adapter_names, letter_tokenizer(), rows=4)
+        report.run_evaluation(model, letter_tokenizer(), data=path)
+
+
+def test_without_training_rows_there_is_no_best_merge(model: XLoraModel, tmp_path: Path) -> None:
+    rows = [vars(row(f"{i}", "abc", domain)) for i in range(2) for domain in ("0", "1")]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    record = report.run_evaluation(model, letter_tokenizer(), data=path)
+    assert "merge" not in record
+    assert "best_merge" not in record["results"]["0"]["losses"]
+    assert record["answers"]["checks"] == []  # nothing is known of these domains
+    (note,) = record["notes"]
+    assert note.endswith("and there are none of 0, 1.")
+    assert note in tables(record)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from xlora_core.training import recipes
+from xlora_core.training.answer_checks import CHECKS
 from xlora_core.training.data import read_domain
+from xlora_core.training.evaluation import MIXED, mean_losses
 from xlora_core.training.log import TrainingLog
 from xlora_core.training.tables import tables
 
 SAMPLE = Path(__file__).resolve().parents[2] / "sample_data"
 DOMAINS = [settings.domain for settings in recipes.DEMO_EXPERTS]
+# What the shipped figures must keep to: nats a token, and shares.
+LEAST_GAIN, LEAST_SHARE = 0.4, 0.15  # of an expert over the base, whichever is smaller
+MOST_ABOVE_ORACLE = 0.03
+LEAST_RIGHT = 0.9  # answer tokens whose strongest expert is the right one
 
 
 def test_presets_are_complete_and_distinct() -> None:
@@ -47,12 +54,51 @@ def test_the_card_shows_the_evaluation_as_it_was_measured() -> None:
     assert tables(record) in (SAMPLE / "MODEL_CARD.md").read_text(encoding="utf-8")
 
 
-def test_routing_beats_merging_on_every_shipped_figure() -> None:
-    results = json.loads((SAMPLE / "evaluation.json").read_text())["results"]
-    assert set(results) == {*DOMAINS, "mixed"}
-    for result in results.values():
-        assert result["losses"]["routed"] < result["losses"]["uniform"] < result["losses"]["base"]
-        assert result["right_top"] > 0.5
+def results() -> dict[str, Any]:
+    record = json.loads((SAMPLE / "evaluation.json").read_text(encoding="utf-8"))
+    assert set(record["results"]) == {*DOMAINS, MIXED}
+    return dict(record["results"])
+
+
+def test_every_expert_is_the_best_of_its_domain_and_much_better_than_the_base() -> None:
+    for domain in DOMAINS:
+        losses = results()[domain]["losses"]
+        own = losses[f"expert:{domain}"]
+        assert own == min(losses[f"expert:{other}"] for other in DOMAINS), domain
+        assert losses["base"] - own >= min(LEAST_GAIN, LEAST_SHARE * losses["base"]), domain
+
+
+def test_routing_beats_every_merge_wherever_it_was_measured() -> None:
+    for name, result in results().items():
+        losses = result["losses"]
+        assert losses["routed"] < min(losses[arm] for arm in ("base", "uniform", "best_merge")), (
+            name
+        )
+
+
+def test_routing_is_close_to_the_right_expert() -> None:
+    for name, result in results().items():
+        losses = result["losses"]
+        assert losses["routed"] <= losses["right"] + MOST_ABOVE_ORACLE, name
+        assert result["right_top"] >= LEAST_RIGHT, name
+
+
+def test_the_fitted_merge_is_a_fair_baseline() -> None:
+    record = json.loads((SAMPLE / "evaluation.json").read_text(encoding="utf-8"))
+    means = mean_losses(record["results"])
+    assert record["mean_losses"] == means
+    assert means["best_merge"] <= means["uniform"]
+    assert list(record["merge"]["weights"]) == DOMAINS
+
+
+def test_shipped_answers_were_checked_for_every_arm() -> None:
+    record = json.loads((SAMPLE / "evaluation.json").read_text(encoding="utf-8"))
+    checks = record["answers"]["checks"]
+    assert {check["domain"] for check in checks} == set(CHECKS) & set(DOMAINS)
+    for check in checks:
+        assert list(check["arms"]) == ["base", "uniform", "best_merge", "routed", "right"]
+        for score in check["arms"].values():
+            assert score["right"] <= score["read"] <= score["rows"] == check["rows"]
 
 
 def test_training_logs_are_read_and_go_down() -> None:

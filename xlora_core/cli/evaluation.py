@@ -27,7 +27,9 @@ def add_command(commands: options.Commands) -> None:
         "merge, best weighted\nmerge, each expert alone, X-LoRA, and the right expert for each "
         "row; how much of the mixture\ngoes to the right expert, and how often it leads.\nThe best "
         "merge has one weight for each expert, the same for all text, fitted on the training\n"
-        f"rows of the data folder.\n\n{ROWS_HELP}",
+        "rows of the data folder. Where a domain's answers can be checked (math, chemistry, "
+        "quantum,\nprotein, python), base, merges, X-LoRA and the right expert also answer "
+        f"questions.\n\n{ROWS_HELP}",
         examples=_EXAMPLES,
     )
     parser.set_defaults(run=_run)
@@ -44,7 +46,25 @@ def add_command(commands: options.Commands) -> None:
         metavar="N",
         help="steps that fit the best merge; 0 leaves it out (default: 32)",
     )
+    parser.add_argument(
+        "--answers",
+        type=int,
+        default=16,
+        metavar="N",
+        help="questions of each domain with a check that every arm answers; 0: none (default: 16)",
+    )
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most tokens of an answer; rows whose own answer is longer are not asked "
+        "(default: 256)",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument(
+        "--answers-file", type=Path, metavar="FILE", help="write the answers as JSON lines"
+    )
     parser.add_argument(
         "--card", type=Path, metavar="FILE", help="write the tables into this Markdown file"
     )
@@ -53,16 +73,21 @@ def add_command(commands: options.Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     faults = [] if args.rows >= 1 else [f"--rows must be at least 1, got {args.rows}"]
-    if args.merge_steps < 0:
-        faults.append(f"--merge-steps must be at least 0, got {args.merge_steps}")
-    for option in ("out", "card"):
+    for option, least in (("merge_steps", 0), ("answers", 0), ("max_new_tokens", 1)):
+        value = getattr(args, option)
+        if value < least:
+            faults.append(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    for option in ("out", "card", "answers_file"):
         path = getattr(args, option)
         if path is not None and not path.parent.is_dir():
-            faults.append(f"--{option} {path}: the folder {path.parent} does not exist")
+            faults.append(
+                f"--{option.replace('_', '-')} {path}: the folder {path.parent} does not exist"
+            )
     if faults:
         raise ConfigError(faults)
     model, tokenizer = options.load(args)
     from xlora_core.training import report
+    from xlora_core.training.answer_runs import AnswerSettings
     from xlora_core.training.log import public_command
     from xlora_core.training.merge_fit import MergeFitSettings
     from xlora_core.training.tables import tables
@@ -75,6 +100,10 @@ def _run(args: argparse.Namespace) -> int:
         card=args.card,
         rows=args.rows,
         merge=MergeFitSettings(steps=args.merge_steps) if args.merge_steps else None,
+        answers=AnswerSettings(rows=args.answers, max_new_tokens=args.max_new_tokens)
+        if args.answers
+        else None,
+        answers_file=args.answers_file,
         command=public_command("xlora", args.argv),
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -11,6 +11,13 @@ from typing import Any
 
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
+from xlora_core.training.answer_runs import (
+    Answer,
+    AnswerSettings,
+    check_answers,
+    checked_rows,
+    write_answers,
+)
 from xlora_core.training.card import check_card, write_into_card
 from xlora_core.training.data import (
     Example,
@@ -50,17 +57,11 @@ def example_groups(
     return {name: group for name, group in groups.items() if group}
 
 
-def evaluation_groups(
-    data: Path, domains: Sequence[str], tokenizer: Any, *, rows: int, seed: int = 0
+def _evaluation_groups(
+    heldout: Mapping[str, Sequence[Row]], tokenizer: Any, *, rows: int
 ) -> dict[str, list[Example]]:
-    """Returns held-out examples: ``rows`` of each domain, and ``rows`` that change domain.
-
-    Raises:
-        ConfigError: If there are no rows of a domain, or all are too long.
-    """
-    by_domain = {domain: read_domain(data, domain, "heldout") for domain in domains}
-    groups = example_groups(by_domain, tokenizer, rows_each=rows, seed=seed)
-    empty = [domain for domain in domains if domain not in groups]
+    groups = example_groups(heldout, tokenizer, rows_each=rows, seed=0)
+    empty = [domain for domain in heldout if domain not in groups]
     if empty:
         raise ConfigError(
             f"no held-out row of {', '.join(empty)} fits into {EVALUATION_LENGTH} tokens"
@@ -77,6 +78,8 @@ def run_evaluation(
     card: Path | None = None,
     rows: int = 16,
     merge: MergeFitSettings | None = MergeFitSettings(),  # noqa: B008 - frozen
+    answers: AnswerSettings | None = AnswerSettings(),  # noqa: B008 - frozen
+    answers_file: Path | None = None,
     command: str = "",
     report: Report = silent,
 ) -> dict[str, Any]:
@@ -91,6 +94,8 @@ def run_evaluation(
         card: Markdown file with marks between which the tables go.
         rows: Held-out rows of each domain.
         merge: How the best merge is fitted; None leaves it out.
+        answers: Which answers are written and checked; None writes none.
+        answers_file: JSON-lines file of the answers themselves.
         command: The command line, for the record.
         report: Gets a line now and then.
 
@@ -98,22 +103,37 @@ def run_evaluation(
         The record: ``results`` by domain, and how they were made.
 
     Raises:
-        ConfigError: If the card has no place for the tables, or there are no rows.
+        ConfigError: If the card has no place for the tables, or there are no rows of a domain,
+            or all are too long.
     """
     if card is not None:
         check_card(card)
-    groups = evaluation_groups(data, model.adapter_names, tokenizer, rows=rows)
+    domains = model.adapter_names
+    heldout = {domain: read_domain(data, domain, "heldout") for domain in domains}
+    training = {
+        domain: read_domain(data, domain, "train")
+        for domain in domains
+        if has_split(data, domain, "train")
+    }
+    groups = _evaluation_groups(heldout, tokenizer, rows=rows)
     fit, notes = None, []
     if merge is not None:
-        fit, note = _fitted_merge(model, tokenizer, data, merge, report)
+        fit, note = _fitted_merge(model, tokenizer, training, merge, report)
         notes += [note] if note else []
+    weights = None if fit is None else fit.weights
     results = evaluate(
         model,
         groups,
         pad_id(tokenizer),
-        merge_weights=None if fit is None else list(fit.weights.values()),
+        merge_weights=None if weights is None else list(weights.values()),
         report=report,
     )
+    written: list[Answer] = []
+    if answers is not None:
+        asked = checked_rows(heldout, tokenizer, answers, model.context_length)
+        written = write_answers(
+            model, tokenizer, asked, answers, merge_weights=weights, report=report
+        )
     record: dict[str, Any] = {
         "command": command,
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -125,8 +145,14 @@ def run_evaluation(
     record["mean_losses"] = mean_losses(record["results"])
     if fit is not None and merge is not None:
         record["merge"] = asdict(fit) | {"settings": asdict(merge)}
+    if answers is not None:
+        checks = [asdict(result) for result in check_answers(written, training)]
+        record["answers"] = {"settings": asdict(answers), "checks": checks}
     if notes:
         record["notes"] = notes
+    if answers_file is not None:
+        lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in written]
+        answers_file.write_text("".join(lines), encoding="utf-8")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -136,27 +162,25 @@ def run_evaluation(
 
 
 def _fitted_merge(
-    model: XLoraModel, tokenizer: Any, data: Path, settings: MergeFitSettings, report: Report
+    model: XLoraModel,
+    tokenizer: Any,
+    training: Mapping[str, Sequence[Row]],
+    settings: MergeFitSettings,
+    report: Report,
 ) -> tuple[MergeFit | None, str]:
     """Returns the best merge, or None and why there is none."""
     domains = model.adapter_names
-    without = [domain for domain in domains if not has_split(data, domain, "train")]
-    if without:
-        return None, (
-            "The best weighted merge is left out: it is fitted on training rows, and "
-            f"{data.name} holds none of {', '.join(without)}."
-        )
     groups = example_groups(
-        {domain: read_domain(data, domain, "train") for domain in domains},
+        training,
         tokenizer,
         rows_each=settings.rows_per_group,
         seed=0,
         max_length=settings.max_length,
     )
-    too_long = [domain for domain in domains if domain not in groups]
-    if too_long:
+    missing = [domain for domain in domains if domain not in groups]
+    if missing:
         return None, (
-            "The best weighted merge is left out: no training row of "
-            f"{', '.join(too_long)} fits into {settings.max_length} tokens."
+            "The best weighted merge is left out: it is fitted on training rows of at most "
+            f"{settings.max_length} tokens in a folder, and there are none of {', '.join(missing)}."
         )
     return fit_merge(model, groups, pad_id(tokenizer), settings, report=report), ""

@@ -15,24 +15,44 @@ _ARMS = {
     "routed": "routed",
     "right": "right expert",
 }
-_MEAN = "mean"
+_MEAN = "mean of domains"
+_LOSSES = (
+    "Held-out loss in nats a token of the answers; bold is the lowest of those that are not told "
+    "the domain. *Uniform merge*: every expert at 1/K. *Best merge*: one fitted weight for each "
+    "expert, the same for all text. *Routed*: X-LoRA. *Right expert*: every row with its own "
+    "domain's expert alone. *Mass on right*: mean scaling of the right expert, over answer tokens "
+    "and modules. *Right is strongest*: share of answer tokens whose strongest expert, on average "
+    f"over modules, is the right one. *Router entropy*: 1 is uniform, 0 a single expert. *{MIXED}* "
+    "rows change domain midway; they are not in the mean."
+)
+_ANSWERS = (
+    "Answers to held-out questions, written greedily by every arm. A share is that of all answers: "
+    "one that cannot be read is wrong. An error is the mean over the answers that could be read, "
+    "whose number stands beside it in brackets. *Always the median*: the median of the training "
+    "rows' answers, whatever the question. Only rows whose own answer fits are asked; an answer is "
+    "cut, and code in a block that is still open then cannot be read, after"
+)
 _NOTHING = "-"
 
 
 def tables(record: Mapping[str, Any]) -> str:
     """Returns all tables of a record (as read from the JSON file), with what they mean."""
     parts = [
-        "Held-out loss, nats a token:",
+        _LOSSES,
         table(record["results"]),
-        "Every expert alone, nats a token; bold where a domain's own expert is the best of them:",
+        "Every expert alone, nats a token; bold where a domain's own expert is the best of them.",
         expert_table(record["results"]),
     ]
     merge = record.get("merge")
     if merge:
         parts += [
-            f"Weights of the best merge, fitted on {merge['rows']} training rows:",
+            f"Weights of the best merge, fitted on {merge['rows']} training rows.",
             merge_table(merge["weights"]),
         ]
+    answers = record.get("answers")
+    if answers and answers["checks"]:
+        limit = answers["settings"]["max_new_tokens"]
+        parts += [f"{_ANSWERS} {limit} tokens.", answer_table(answers["checks"])]
     parts += record.get("notes", [])
     parts.append(_made_by(record))
     return "\n\n".join(parts)
@@ -57,7 +77,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
         ]
         lines.append([name, str(result["tokens"]), *_losses(result["losses"], arms), *routing])
     tokens = sum(result["tokens"] for name, result in results.items() if name != MIXED)
-    lines.append([f"{_MEAN} of domains", str(tokens), *_losses(means, arms), *[_NOTHING] * 3])
+    lines.append([_MEAN, str(tokens), *_losses(means, arms), *[_NOTHING] * 3])
     return markdown(header, lines)
 
 
@@ -68,7 +88,7 @@ def expert_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     experts = [arm for arm in next(iter(results.values()))["losses"] if arm.startswith(prefix)]
     lines = []
     of_lines = {name: result["losses"] for name, result in results.items()}
-    for name, losses in {**of_lines, f"{_MEAN} of domains": means}.items():
+    for name, losses in {**of_lines, _MEAN: means}.items():
         best = min(losses[arm] for arm in experts)
         lines.append(
             [name]
@@ -88,9 +108,37 @@ def merge_table(weights: Mapping[str, float]) -> str:
     return markdown(["expert", *weights, "sum"], [["weight", *cells]])
 
 
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """Returns a Markdown table, the first column to the left, all others to the right."""
-    ruler = ["---"] + ["--:"] * (len(header) - 1)
+def answer_table(checks: Sequence[Mapping[str, Any]]) -> str:
+    """Returns what the checks found: a line for the share that is right, one for the error."""
+    arms = [arm for arm in _ARMS if any(arm in check["arms"] for check in checks)]
+    header = ["domain", "check", "rows", "always the median", *(_ARMS[arm] for arm in arms)]
+    lines = []
+    for check in checks:
+        scores = [check["always_median"], *(check["arms"].get(arm) for arm in arms)]
+        what = f"{check['check']}: {check['right_when']}, %"
+        lines.append([check["domain"], what, str(check["rows"]), *map(_share, scores)])
+        if check["unit"]:
+            what = f"{check['check']}: mean error, {check['unit']}"
+            lines.append([check["domain"], what, str(check["rows"]), *map(_error, scores)])
+    return markdown(header, lines, texts=2)
+
+
+def _share(score: Mapping[str, Any] | None) -> str:
+    return _NOTHING if score is None else f"{100 * score['right'] / score['rows']:.0f}"
+
+
+def _error(score: Mapping[str, Any] | None) -> str:
+    if score is None:
+        return _NOTHING
+    error = score["mean_error"]
+    if error is None:
+        return f"{_NOTHING} (0)"
+    return f"{format(error, '.2f' if error < 100 else ',.0f')} ({score['read']})"
+
+
+def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 1) -> str:
+    """Returns a Markdown table, the first ``texts`` columns to the left, the others right."""
+    ruler = ["---"] * texts + ["--:"] * (len(header) - texts)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *lines))
 
 
