@@ -123,9 +123,11 @@ def record(
 
 
 def write_page(shelf: Shelf, recordings: Sequence[Recording]) -> None:
-    """Brings index and page up to date with the list; runs that are not there yet are left out."""
-    there = [recording for recording in recordings if shelf.path(recording).is_file()]
-    found = [(recording, shelf.run(recording)) for recording in there]
+    """Brings index and page up to date with the list; runs that are not current are left out."""
+    current = [recording for recording in recordings if shelf.fault(recording) is None]
+    if not current:
+        return
+    found = [(recording, shelf.run(recording)) for recording in current]
     page = pages.readme([(r, run, span_leads(run, r)) for r, run in found])
     shelf.arrange(recordings)
     (shelf.folder / README).write_text(page, encoding="utf-8")
@@ -140,11 +142,11 @@ def check(shelf: Shelf, recordings: Sequence[Recording], strangers: Sequence[str
         strangers: Files beside them that are no recording's.
     """
     leads: list[tuple[Recording, Sequence[SpanLead]]] = []
-    faults = [(recording.id, shelf.fault(recording)) for recording in recordings]
-    wrong = [f"{name}: {fault}" for name, fault in faults if fault]
+    faults = {recording.id: shelf.fault(recording) for recording in recordings}
+    wrong = [f"{name}: {fault}" for name, fault in faults.items() if fault]
     wrong += [f"{name}: no recording has this name" for name in strangers]
     for recording in recordings:
-        if shelf.path(recording).is_file():
+        if faults[recording.id] is None:
             found = span_leads(shelf.run(recording), recording)
             leads.append((recording, found))
             wrong += pages.misses(recording, found)

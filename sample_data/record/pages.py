@@ -13,8 +13,8 @@ _N_BEGINNING = 60
 _HEAD = """\
 # Recorded runs
 
-{n} runs of the demo model, each showing one thing. They open without the model: in the app under
-*Open a run file*, with `xlora inspect` and `xlora export`, or as
+What the demo model did with {n} prompts, each showing one thing. The files open without the model:
+in the app under *Open a run file*, with `xlora inspect` and `xlora export`, or as
 
 ```python
 from xlora_core import Run

@@ -365,7 +365,7 @@ def test_the_command_records_what_is_missing_and_keeps_the_rest(
     assert "plain: kept" in capsys.readouterr().out
     assert (tmp_path / "runs" / "plain.safetensors").read_bytes() == written
     page = (tmp_path / "runs" / "README.md").read_text()
-    assert "2 runs of the demo model" in page
+    assert "with 2 prompts" in page
     assert "[Turned](turned.safetensors)" in page
     assert "routed (top-k 2; turned at 1, 7), merged, routed#2 (turned at 3), expert:code" in page
     assert command.main(home("--force", "--only", "plain")) == 0
@@ -423,6 +423,32 @@ def test_one_that_fails_leaves_the_others_alone(
     assert "bad: there is no expert 'x'" in told
     assert "not recorded: bad" in told
     assert (tmp_path / "runs" / "plain.safetensors").is_file()
+
+
+def test_a_stale_run_stays_out_of_the_page_and_the_check_says_so(
+    tmp_path: Path,
+    home: Callable[..., list[str]],
+    listed: Callable[..., Path],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    listed(PLAIN, TURNED)
+    assert command.main(home()) == 0
+    messages = [{"role": "user", "content": "the lazy dog\n\nthe quick fox"}]
+    listed(PLAIN | {"messages": messages}, TURNED)
+    assert command.main(home("--only", "turned")) == 0
+    page = (tmp_path / "runs" / "README.md").read_text()
+    assert "with 1 prompts" in page
+    assert "plain.safetensors" not in page
+    assert command.main(home("--check")) == 1
+    assert "plain: recorded with other settings" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_recorded_there_is_no_page(
+    tmp_path: Path, home: Callable[..., list[str]], listed: Callable[..., Path]
+) -> None:
+    listed(PLAIN | {"arms": [{"kind": "expert", "adapter": "x"}]})
+    assert command.main(home()) == 2
+    assert not (tmp_path / "runs").exists()
 
 
 def test_an_unknown_id_is_refused(
