@@ -99,8 +99,9 @@ def final_answer(text: str) -> str | None:
     text = unicodedata.normalize("NFKC", text).replace("−", "-").strip()
     told = re.findall(r"(?:answer is|####)[:\s]*([^\n]+)", text, flags=re.IGNORECASE)
     if told:
-        value = told[-1].strip()
-        number = re.match(rf"[$*\s]*({_NUMBER}(?:/\d{{1,15}})?)(?![\w*(+])", value)
+        value = told[-1].rpartition("=")[2].strip()
+        # "28 stickers" is a number, "2 - x" is not
+        number = re.match(rf"[$*\s]*({_NUMBER}(?:/\d{{1,15}})?)(?!\s*[-+*/^(]|\w|[.,]\d)", value)
         return _plain(number[1] if number else value) or None
     if "\n" not in text and not _is_prose(text):
         return _plain(text) or None

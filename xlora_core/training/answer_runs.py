@@ -160,8 +160,11 @@ def write_answers(
                 for row in group
             ]
         for domain, handles in asked.items():
-            answers += [_answer(row, domain, list(arms[domain]), handle) for row, handle in handles]
-            report(f"{domain}: {len(handles)} questions answered")
+            n_asked = len(handles)
+            while handles:  # a handle keeps the scalings of its whole run
+                row, handle = handles.pop(0)
+                answers.append(_answer(row, domain, list(arms[domain]), handle))
+            report(f"{domain}: {n_asked} questions answered")
     return answers
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,23 +16,31 @@ _ARMS = {
     "routed": "routed",
     "right": "right expert",
 }
+# Figure of a result -> its form, in the order of the columns.
+_ROUTING = {"right_mass": ".2f", "right_top": ".0%", "entropy": ".2f"}
 _MEAN = "mean of domains"
-_LOSSES = (
-    "Held-out loss in nats a token of the answers; bold is the lowest of those that are not told "
-    "the domain. *Uniform merge*: every expert at 1/K. *Best merge*: one fitted weight for each "
-    "expert, the same for all text. *Routed*: X-LoRA. *Right expert*: every row with its own "
-    "domain's expert alone. *Mass on right*: mean scaling of the right expert, over answer tokens "
-    "and modules. *Right is strongest*: share of answer tokens whose strongest expert, on average "
-    f"over modules, is the right one. *Router entropy*: 1 is uniform, 0 a single expert. *{MIXED}* "
-    "rows change domain midway; they are not in the mean."
-)
-_ANSWERS = (
-    "Answers to held-out questions, written greedily by every arm. A share is that of all answers: "
-    "one that cannot be read is wrong. An error is the mean over the answers that could be read, "
-    "whose number stands beside it in brackets. *Always the median*: the median of the training "
-    "rows' answers, whatever the question. Only rows whose own answer fits are asked; an answer is "
-    "cut, and code in a block that is still open then cannot be read, after"
-)
+_LOSSES = f"""\
+Held-out loss in nats a token of the answers. Bold is the lowest of the columns that are not told
+the domain.
+
+- uniform merge: every expert at 1/K
+- best merge: one fitted weight for each expert, the same for all text
+- routed: X-LoRA
+- right expert: the oracle, every row with its own domain's expert alone
+- mass on right: mean scaling of the right expert, over answer tokens and modules
+- right is strongest: share of answer tokens whose strongest expert, on average over modules, is
+  the right one
+- router entropy: 1 is uniform, 0 a single expert
+- {MIXED}: rows that change domain midway; not in the mean"""
+_EXPERTS = "Every expert alone, nats a token; bold where a domain's own expert is the best of them."
+_ANSWERS = """\
+Answers to held-out questions, the most likely token each time, at most {limit} tokens. Only rows
+whose own answer fits are asked.
+
+- %: share of all answers; one that cannot be read is wrong, as is code in a block that was cut
+  before its end
+- mean error: of the answers that could be read; their number is in brackets
+- always the median: what the median of the training rows' answers scores, whatever the question"""
 _NOTHING = "-"
 
 
@@ -40,7 +49,7 @@ def tables(record: Mapping[str, Any]) -> str:
     parts = [
         _LOSSES,
         table(record["results"]),
-        "Every expert alone, nats a token; bold where a domain's own expert is the best of them.",
+        _EXPERTS,
         expert_table(record["results"]),
     ]
     merge = record.get("merge")
@@ -52,7 +61,7 @@ def tables(record: Mapping[str, Any]) -> str:
     answers = record.get("answers")
     if answers and answers["checks"]:
         limit = answers["settings"]["max_new_tokens"]
-        parts += [f"{_ANSWERS} {limit} tokens.", answer_table(answers["checks"])]
+        parts += [_ANSWERS.format(limit=limit), answer_table(answers["checks"])]
     parts += record.get("notes", [])
     parts.append(_made_by(record))
     return "\n\n".join(parts)
@@ -70,14 +79,11 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     header += ["mass on right", "right is strongest", "router entropy"]
     lines = []
     for name, result in results.items():
-        routing = [
-            _figure(result["right_mass"], ".2f"),
-            _figure(result["right_top"], ".0%"),
-            _figure(result["entropy"], ".2f"),
-        ]
+        routing = [_figure(result[key], form) for key, form in _ROUTING.items()]
         lines.append([name, str(result["tokens"]), *_losses(result["losses"], arms), *routing])
-    tokens = sum(result["tokens"] for name, result in results.items() if name != MIXED)
-    lines.append([_MEAN, str(tokens), *_losses(means, arms), *[_NOTHING] * 3])
+    domains = [result for name, result in results.items() if name != MIXED]
+    routing = [_mean(domains, key, form) for key, form in _ROUTING.items()]
+    lines.append([_MEAN, _NOTHING, *_losses(means, arms), *routing])
     return markdown(header, lines)
 
 
@@ -150,6 +156,11 @@ def _losses(losses: Mapping[str, float], arms: Sequence[str]) -> list[str]:
         bold = arm != "right" and losses.get(arm) == lowest
         cells.append(f"**{text}**" if bold else text)
     return cells
+
+
+def _mean(results: Sequence[Mapping[str, Any]], key: str, form: str) -> str:
+    values = [result[key] for result in results]
+    return _figure(None if None in values else statistics.fmean(values), form)
 
 
 def _figure(value: float | None, form: str) -> str:
