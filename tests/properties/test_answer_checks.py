@@ -8,6 +8,7 @@ from hypothesis import given, settings
 
 from xlora_core.training.answer_checks import (
     CHECKS,
+    Check,
     final_answer,
     homo_lumo_gap,
     molecular_formula,
@@ -26,7 +27,7 @@ TEXTS = st.lists(WORDS | st.text(max_size=12) | st.floats().map(str), max_size=8
 @pytest.mark.parametrize("check", ALL, ids=lambda check: check.name)
 @given(text=TEXTS)
 @EXAMPLES
-def test_any_text_can_be_scored(check, text: str) -> None:  # type: ignore[no-untyped-def]
+def test_any_text_can_be_scored(check: Check, text: str) -> None:
     value = check.read(text)
     result = score(check, [text], [value])
     assert result.read == (value is not None)

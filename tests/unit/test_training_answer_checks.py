@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from xlora_core.training.answer_checks import (
@@ -121,7 +123,9 @@ def test_charges_and_counts_matter() -> None:
         (homo_lumo_gap, "The gap is 3 nm wide; HOMO = -6 nm.", None),
     ],
 )
-def test_numbers_are_read_with_their_units(read, text, expected) -> None:  # type: ignore[no-untyped-def]
+def test_numbers_are_read_with_their_units(
+    read: Callable[[str], float | None], text: str, expected: float | None
+) -> None:
     assert read(text) == expected
 
 
