@@ -46,6 +46,7 @@ DEMO_GATES = RouterTrainConfig(
     router="per_layer", steps=80, rows=6, max_length=224, label_loss=0.1, eval_every=20
 )
 _HELD_OUT_ROWS = 16  # of the curve of an expert
+_EVALUATED_ROWS = 32  # of each domain, of the demo's figures
 _HELD_OUT_ROWS_EACH = 3  # of each domain, of the curve of a router
 
 
@@ -239,6 +240,7 @@ def run_demo(
         XLoraModel.from_pretrained(model, out / "demo"),
         tokenizer,
         data=rows,
+        rows=_EVALUATED_ROWS,
         out=out / "evaluation.json",
         card=out / "MODEL_CARD.md",
         command=command,
