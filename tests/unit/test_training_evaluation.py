@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -108,3 +109,19 @@ def test_without_training_rows_there_is_no_best_merge(model: XLoraModel, tmp_pat
     (note,) = record["notes"]
     assert note.endswith("and there are none of 0, 1.")
     assert note in tables(record)
+
+
+def test_a_run_that_is_cut_off_while_it_answers_keeps_its_losses(
+    model: XLoraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(report, "write_answers", interrupted)
+    rows = [vars(row(f"{i}", "abc", domain)) for i in range(2) for domain in ("0", "1")]
+    path, out = write_rows(tmp_path / "rows.jsonl", rows), tmp_path / "figures.json"
+    with pytest.raises(KeyboardInterrupt):
+        report.run_evaluation(model, letter_tokenizer(), data=path, out=out)
+    record = json.loads(out.read_text())
+    assert set(record["results"]) == {"0", "1", "mixed"}
+    assert "answers" not in record

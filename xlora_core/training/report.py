@@ -12,7 +12,6 @@ from typing import Any
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.training.answer_runs import (
-    Answer,
     AnswerSettings,
     check_answers,
     checked_rows,
@@ -116,6 +115,7 @@ def run_evaluation(
         if has_split(data, domain, "train")
     }
     groups = _evaluation_groups(heldout, tokenizer, rows=rows)
+    asked = checked_rows(heldout, tokenizer, answers, model.context_length) if answers else {}
     fit, notes = None, []
     if merge is not None:
         fit, note = _fitted_merge(model, tokenizer, training, merge, report)
@@ -128,12 +128,6 @@ def run_evaluation(
         merge_weights=None if weights is None else list(weights.values()),
         report=report,
     )
-    written: list[Answer] = []
-    if answers is not None:
-        asked = checked_rows(heldout, tokenizer, answers, model.context_length)
-        written = write_answers(
-            model, tokenizer, asked, answers, merge_weights=weights, report=report
-        )
     record: dict[str, Any] = {
         "command": command,
         "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -145,20 +139,28 @@ def run_evaluation(
     record["mean_losses"] = mean_losses(record["results"])
     if fit is not None and merge is not None:
         record["merge"] = asdict(fit) | {"settings": asdict(merge)}
-    if answers is not None:
-        checks = [asdict(result) for result in check_answers(written, training)]
-        record["answers"] = {"settings": asdict(answers), "checks": checks}
     if notes:
         record["notes"] = notes
-    if answers_file is not None:
-        lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in written]
-        answers_file.write_text("".join(lines), encoding="utf-8")
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    if answers is not None:
+        _write_json(out, record)  # a run that is cut off from here on has its losses
+        written = write_answers(
+            model, tokenizer, asked, answers, merge_weights=weights, report=report
+        )
+        checks = [asdict(result) for result in check_answers(written, training)]
+        record["answers"] = {"settings": asdict(answers), "checks": checks}
+        if answers_file is not None:
+            lines = [json.dumps(asdict(answer), ensure_ascii=False) + "\n" for answer in written]
+            answers_file.write_text("".join(lines), encoding="utf-8")
+    _write_json(out, record)
     if card is not None:
         write_into_card(card, tables(record))
     return record
+
+
+def _write_json(path: Path | None, record: Mapping[str, Any]) -> None:
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _fitted_merge(
