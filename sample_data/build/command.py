@@ -33,7 +33,7 @@ domains:
 examples:
   python -m sample_data.build --out corpus
   python -m sample_data.build --out corpus --domain law verse --limit 500000
-  python -m sample_data.build --out sample --rows 32 --shareable
+  python -m sample_data.build --out sample --rows 64 --shareable
 
 then:
   xlora train-expert --name law --data corpus --out experts/law

@@ -88,7 +88,7 @@ def test_sample_rows_are_valid_and_split(domain: Domain) -> None:
     train, heldout = (
         read_domain(SAMPLE / "rows", domain.name, side) for side in ("train", "heldout")
     )
-    assert (len(train), len(heldout)) == (32, 16)
+    assert (len(train), len(heldout)) == (64, 32)
     assert all(domain.held_out(row.id) for row in heldout)
     assert not any(domain.held_out(row.id) for row in train)
     for row in train + heldout:

@@ -34,7 +34,7 @@ def test_presets_are_complete_and_distinct() -> None:
 
 
 @pytest.mark.parametrize("domain", DOMAINS)
-@pytest.mark.parametrize(("split", "count"), [("train", 32), ("heldout", 16)])
+@pytest.mark.parametrize(("split", "count"), [("train", 64), ("heldout", 32)])
 def test_sample_rows_are_there_and_may_be_shared(domain: str, split: str, count: int) -> None:
     rows = read_domain(SAMPLE / "rows", domain, split)
     assert len(rows) == count
