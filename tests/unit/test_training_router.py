@@ -362,3 +362,7 @@ def test_the_mixture_has_as_many_rows_of_each_domain() -> None:
     ]
     counts = {kind: kinds.count(kind) for kind in set(kinds)}
     assert counts == {frozenset("a"): 15, frozenset("b"): 15, frozenset("ab"): 10}
+    more = router_examples(rows, letter_tokenizer(), replace(settings, label_start_rows=60))
+    assert len(more) == 15 + 2 * 23  # a quarter mixed, the rest shared out and rounded up
+    fewer = router_examples(rows, letter_tokenizer(), replace(settings, label_start_rows=20))
+    assert len(fewer) == 40

@@ -199,8 +199,12 @@ def work_folder(out: Path) -> Path:
 def router_examples(
     rows: Mapping[str, Sequence[Row]], tokenizer: Any, settings: RouterTrainConfig
 ) -> list[Example]:
-    """Returns a training mixture: as many rows of each domain, and rows that change domain."""
-    needed = settings.steps * settings.rows * settings.accumulation
+    """Returns a training mixture: as many rows of each domain, and rows that change domain.
+
+    As many as the steps read or a start from labels does, whichever is more.
+    """
+    of_steps = settings.steps * settings.rows * settings.accumulation
+    needed = max(of_steps, settings.label_start_rows)
     mixed = int(needed * settings.mixed_share) if len(rows) > 1 else 0
     per_domain = -(-(needed - mixed) // len(rows))
     examples = mixed_examples(rows, tokenizer, settings.max_length, mixed, seed=settings.seed)
