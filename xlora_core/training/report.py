@@ -85,7 +85,7 @@ def run_evaluation(
     """Evaluates a model; writes JSON, and the tables into a model card.
 
     Args:
-        model: The model; in float32 for figures worth quoting.
+        model: The model.
         tokenizer: Its tokenizer.
         data: File of held-out rows, or folder as of ``read_domain``. The best merge is fitted on
             the training rows of a folder.
