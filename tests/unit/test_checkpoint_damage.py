@@ -74,10 +74,10 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
 
 
 def test_a_newer_version(saved: Path) -> None:
-    edit_header(saved, lambda h: h.update(version=3))
+    edit_header(saved, lambda h: h.update(version=4))
     error = refusal(saved)
     assert error.message == (
-        f"{saved / HEADER_FILE} has format version 3, this program reads up to 2"
+        f"{saved / HEADER_FILE} has format version 4, this program reads up to 3"
     )
     assert error.hint == "update xlora-explorer"
 

@@ -74,6 +74,7 @@ def test_the_page_runs(folders: Path, capsys: pytest.CaptureFixture[str]) -> Non
         "whole-peft": "peft",
         "my-xlora": "ours",
         "light": "ours",
+        "near": "ours",
         "for-peft": "peft",
         "portable-peft": "peft",
         "for-mistral-rs": "original",

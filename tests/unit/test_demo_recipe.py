@@ -56,6 +56,8 @@ def test_it_trains_both_routers_over_the_same_experts(
     assert {path.name for path in (out / "training").iterdir()} == {
         "math.json", "verse.json", "router.json", "router-per-layer.json"
     }  # fmt: skip
+    for path in (out / "training").iterdir():
+        assert json.loads(path.read_text())["command"] == "python -m xlora_core.training demo"
 
     first, second = (read_checkpoint(out / name) for name in ("demo", "demo-per-layer"))
     assert [a.name for a in first.adapters] == [a.name for a in second.adapters] == list(NAMES)
@@ -76,7 +78,9 @@ def test_a_second_call_trains_nothing_anew(
     for name in ("train_expert", "fit_router"):
         monkeypatch.setattr(recipes, name, lambda *_, **__: pytest.fail("trained anew"))
     assert train(place) == 0
-    assert capsys.readouterr().out == first
+    again = capsys.readouterr()
+    assert again.out == first
+    assert again.err.count("is trained already") == 4
 
 
 def test_the_settings_of_the_demo_are_in_range() -> None:

@@ -7,7 +7,6 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,12 @@ from safetensors.torch import load_file
 
 from tests.commands import refused
 from tests.tiny_models import write_experts
-from tests.training_models import EXPERT, ROUTER, CallAt, row, tiny_base_folder, write_rows
+from tests.training_models import CallAt, row, tiny_base_folder, write_rows
 from xlora_core.cli import main
 from xlora_core.cli.main import _parser
 from xlora_core.model import XLoraModel
 from xlora_core.training import __main__ as demo_command
 from xlora_core.training import progress, recipes
-from xlora_core.training.data import read_rows
 from xlora_core.training.log import public_command
 from xlora_core.training.tables import tables
 
@@ -210,32 +208,6 @@ def test_the_demo_recipe_reports_errors_without_a_traceback(
     work = ["--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
     assert demo_command.main(["demo", "--data", str(tmp_path), *work]) == 2
     assert capsys.readouterr().err.startswith("error: no math.train.jsonl in")
-
-
-def test_the_demo_recipe_leaves_everything_and_goes_on(
-    base: str, rows: str, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    experts = tuple(replace(EXPERT, domain=name, eval_every=6) for name in ("sums", "songs"))
-    monkeypatch.setattr(recipes, "DEMO_EXPERTS", experts)
-    monkeypatch.setattr(recipes, "DEMO_ROUTER", ROUTER)
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "MODEL_CARD.md").write_text("<!-- evaluation -->\n<!-- /evaluation -->\n")
-    command = ["demo", "--data", rows, "--base", base, "--out", str(out)]
-    command += ["--work", str(tmp_path / "work")]
-    assert demo_command.main(command) == 0
-    figures = capsys.readouterr().out
-    assert figures.rstrip("\n") in (out / "MODEL_CARD.md").read_text()
-    for name in ("sums", "songs", "router"):
-        log = json.loads((out / "training" / f"{name}.json").read_text())
-        assert log["command"] == "python -m xlora_core.training demo"
-    assert len(read_rows(out / "rows" / "sums.heldout.jsonl.gz")) == 16
-    assert XLoraModel.from_pretrained(load(base), out / "demo").adapter_names == ["sums", "songs"]
-    # Once more: nothing is left to train, and the figures are the same.
-    assert demo_command.main(command) == 0
-    captured = capsys.readouterr()
-    assert captured.out == figures
-    assert captured.err.count("is trained already") == 3
 
 
 class Terminal(io.StringIO):

@@ -59,7 +59,7 @@ def evaluate(
     """Evaluates every arm on every group of held-out rows.
 
     Args:
-        model: The model; left in evaluation mode. In float32 for figures worth quoting.
+        model: The model; left in evaluation mode.
         groups: Domain (or ``MIXED``) -> examples.
         pad_id: Token id to pad with.
         merge_weights: K scalings of the arm ``best_merge``; None leaves it out.
