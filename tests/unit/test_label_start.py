@@ -172,6 +172,14 @@ def test_other_topics_are_another_run(adapters: dict[str, str]) -> None:
     assert identity(["0", "0"], ROUTER) == identity(["0", "1"], ROUTER)
 
 
+def test_rows_of_no_expert_are_an_error(model: XLoraModel) -> None:
+    strangers = encode_rows([row("abc", "xy", "law")], letter_tokenizer(), 60)
+    before = weights_of(model)
+    with pytest.raises(ConfigError, match="needs rows of the domains 0, 1, 2; none of the 1 that"):
+        start_from_labels(model, PAD, strangers, START)
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+
+
 def test_gates_cannot_start_from_labels(adapters: dict[str, str], tmp_path: Path) -> None:
     settings = replace(START, router="per_layer")
     model = fresh_model(tiny_base(), adapters, settings)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from xlora_core.config.training import RouterTrainConfig
+from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.training.data import IGNORE, NO_DOMAIN, Example, by_length, collate
 from xlora_core.training.losses import label_losses, soft_scalings, token_weights
@@ -48,10 +49,19 @@ def start_from_labels(
 
     Returns:
         The label loss of each step, nats a token.
+
+    Raises:
+        ConfigError: If no row that was drawn has the domain of an expert.
     """
     count = min(settings.label_start_rows, len(examples))
     chosen = random.Random(settings.seed).sample(range(len(examples)), count)
     hidden, targets, weights = _read(model, pad_id, [examples[i] for i in chosen], settings)
+    if not len(targets):
+        raise ConfigError(
+            f"a start from labels needs rows of the domains {', '.join(model.adapter_names)}; none "
+            f"of the {count} that were drawn is of them",
+            hint="name the adapters as the rows' domains, or leave label_start_rows at 0",
+        )
     optimizer = torch.optim.AdamW(
         model.classifier.parameters(), lr=settings.learning_rate, weight_decay=0.0
     )
