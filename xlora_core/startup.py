@@ -6,6 +6,7 @@ For programs, such as the command line and the app; importing the library change
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,5 +32,9 @@ def without_collector() -> Iterator[None]:
 
 
 def leave_quickly() -> None:
-    """Spares a process that is about to end the search for garbage, of more than a second."""
-    gc.freeze()
+    """Spares a process that is about to end the search for garbage, of more than a second.
+
+    Not where triton was imported: its bindings print a list of everything that was not collected.
+    """
+    if "triton" not in sys.modules:
+        gc.freeze()

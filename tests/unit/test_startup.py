@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from xlora_core.startup import without_collector
+from xlora_core.startup import leave_quickly, without_collector
 
 HEAVY = ("torch", "transformers", "pandas", "pyarrow", "peft", "streamlit", "plotly")
 
@@ -97,3 +97,16 @@ def test_only_a_process_that_ends_with_a_command_leaves_its_garbage(
     with pytest.raises(SystemExit):
         main.main()
     assert left
+
+
+@pytest.mark.usefixtures("nothing_frozen")
+def test_garbage_is_left_unless_triton_would_list_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", sys)
+    leave_quickly()
+    assert gc.get_freeze_count() == 0
+    monkeypatch.delitem(sys.modules, "triton")
+    leave_quickly()
+    try:
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
