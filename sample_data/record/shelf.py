@@ -23,12 +23,14 @@ Entry = dict[str, str]
 
 
 def checkpoint_fingerprint(folder: Path) -> str:
-    """Returns 16 hex digits over the names and bytes of a checkpoint folder's files.
+    """Returns 16 hex digits over the weights and settings in a checkpoint folder.
+
+    What else lies there, such as the log of the training, does not count.
 
     Raises:
         RecordingError: If there are none.
     """
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if _is_part(path))
     if not files:
         raise RecordingError(f"{folder} holds no checkpoint")
     digest = hashlib.sha256()
@@ -36,6 +38,10 @@ def checkpoint_fingerprint(folder: Path) -> str:
         digest.update(f"{path.relative_to(folder).as_posix()} {path.stat().st_size}\n".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
+
+
+def _is_part(path: Path) -> bool:
+    return path.suffix == ".safetensors" or path.name in ("xlora.json", "adapter_config.json")
 
 
 class Shelf:

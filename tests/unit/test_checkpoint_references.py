@@ -176,3 +176,16 @@ def test_version_3_is_relative(saved: Path) -> None:
     edit_header(saved, lambda h: h.update(version=3))
     with pytest.raises(CheckpointError, match="must be relative in version 3"):
         load(saved)
+
+
+def test_an_expert_on_another_drive_is_told(
+    model: XLoraModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def two_drives(*_: object) -> str:
+        raise ValueError("path is on mount 'D:', start on mount 'C:'")
+
+    monkeypatch.setattr("os.path.relpath", two_drives)
+    with pytest.raises(CheckpointError, match="adapter '0' in .* cannot be seen from") as caught:
+        model.save_pretrained(tmp_path / "saved", bundle=False, relative=True)
+    assert "bundle=True" in caught.value.hint
+    assert not (tmp_path / "saved").exists()

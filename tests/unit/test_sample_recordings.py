@@ -489,13 +489,16 @@ def test_a_malformed_index_is_refused(tmp_path: Path, text: str) -> None:
     assert "recorded anew" in caught.value.hint
 
 
-def test_a_checkpoint_is_known_by_every_byte(tmp_path: Path) -> None:
+def test_a_checkpoint_is_known_by_its_weights_and_settings(tmp_path: Path) -> None:
     (tmp_path / "adapters").mkdir()
-    (tmp_path / "adapters" / "a").write_bytes(b"1")
+    (tmp_path / "adapters" / "a.safetensors").write_bytes(b"1")
     (tmp_path / "xlora.json").write_bytes(b"2")
     before = checkpoint_fingerprint(tmp_path)
+    (tmp_path / "training.json").write_bytes(b"{}")
     assert checkpoint_fingerprint(tmp_path) == before
-    (tmp_path / "adapters" / "a").write_bytes(b"3")
-    assert checkpoint_fingerprint(tmp_path) != before
+    (tmp_path / "adapters" / "a.safetensors").write_bytes(b"3")
+    after = checkpoint_fingerprint(tmp_path)
+    (tmp_path / "xlora.json").write_bytes(b"4")
+    assert len({before, after, checkpoint_fingerprint(tmp_path)}) == 3
     with pytest.raises(RecordingError, match="holds no checkpoint"):
         checkpoint_fingerprint(tmp_path / "nowhere")

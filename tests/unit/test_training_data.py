@@ -20,6 +20,7 @@ from xlora_core.training.data import (
     collate,
     encode,
     encode_rows,
+    has_split,
     joined,
     mixed_examples,
     read_domain,
@@ -191,6 +192,20 @@ def test_rows_of_several_experts_must_name_their_domain(tmp_path: Path) -> None:
     write_rows(path, [*rows, {"text": "whose?"}])
     with pytest.raises(ConfigError, match="1 rows of rows.jsonl name no domain"):
         read_splits(path, ["x", "y"])
+
+
+def test_a_folder_says_whose_rows_it_has(tmp_path: Path) -> None:
+    for split, domains in (("heldout", "ab"), ("train", "a")):
+        lines = [json.dumps({"domain": d, "user": "u", "assistant": "v"}) for d in domains]
+        (tmp_path / f"{split}.jsonl").write_text("\n".join(lines))
+    has = {(d, s): has_split(tmp_path, d, s) for d in "ab" for s in ("train", "heldout")}
+    assert has == {
+        ("a", "train"): True,
+        ("a", "heldout"): True,
+        ("b", "train"): False,
+        ("b", "heldout"): True,
+    }
+    assert not has_split(tmp_path / "train.jsonl", "a", "train")
 
 
 # -------------------------------------------------------------------- tokens

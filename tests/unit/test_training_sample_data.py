@@ -21,7 +21,7 @@ SAMPLE = Path(__file__).resolve().parents[2] / "sample_data"
 DOMAINS = [settings.domain for settings in recipes.DEMO_EXPERTS]
 # What the shipped figures must keep to: nats a token, and shares.
 LEAST_GAIN, LEAST_SHARE = 0.4, 0.15  # of an expert over the base, whichever is smaller
-MOST_ABOVE_ORACLE = 0.07
+MOST_ABOVE_ORACLE = 0.07  # of the routed model; the aim of 0.03 is missed in some domains
 LEAST_RIGHT = 0.9  # answer tokens whose strongest expert is the right one
 
 

@@ -148,10 +148,18 @@ def _referenced(
     }
     if not relative:
         return {name: (path, path.as_posix()) for name, path in paths.items()}
-    start = folder.resolve()
-    return {
-        name: (path, Path(os.path.relpath(path, start)).as_posix()) for name, path in paths.items()
-    }
+    return {name: (path, _seen_from(folder, name, path)) for name, path in paths.items()}
+
+
+def _seen_from(folder: Path, name: str, path: Path) -> str:
+    """Returns the relative path from a checkpoint folder to an expert's; both without links."""
+    try:
+        return Path(os.path.relpath(path, folder.resolve())).as_posix()
+    except ValueError as error:  # two drives of Windows
+        raise CheckpointError(
+            f"adapter {name!r} in {path} cannot be seen from {folder}: {error}",
+            hint="save with bundle=True, which copies the experts, or with relative=False",
+        ) from error
 
 
 def _write_files(

@@ -1,8 +1,8 @@
 """What can be checked of a written answer: values are read out of texts and compared.
 
 Pure text and arithmetic. The reference is always a row's own answer, read the same way. Reading
-is lenient about wording and form, so that a model that was never shown a domain's form is not
-marked down for it.
+is lenient about wording. A value that a question does not ask for in so many words is checked, too,
+where rows give it: a model that was never shown such rows leaves it out.
 """
 
 from __future__ import annotations

@@ -138,8 +138,15 @@ def read_splits(
 
 
 def has_split(data: str | Path, domain: str, split: str) -> bool:
-    """Returns whether a folder holds a file of a domain's split; a single file never says."""
-    return Path(data).is_dir() and any(path.is_file() for path in _candidates(data, domain, split))
+    """Returns whether a folder holds rows of a domain's split; a single file never says.
+
+    Raises:
+        ConfigError: If the file is damaged.
+    """
+    if not Path(data).is_dir():
+        return False
+    files = [path for path in _candidates(data, domain, split) if path.is_file()]
+    return bool(files) and any(row.domain in ("", domain) for row in read_rows(files[0]))
 
 
 def _candidates(data: str | Path, domain: str, split: str) -> list[Path]:
