@@ -21,7 +21,9 @@ SAMPLE = Path(__file__).resolve().parents[2] / "sample_data"
 DOMAINS = [settings.domain for settings in recipes.DEMO_EXPERTS]
 # What the shipped figures must keep to: nats a token, and shares.
 LEAST_GAIN, LEAST_SHARE = 0.4, 0.15  # of an expert over the base, whichever is smaller
-MOST_ABOVE_ORACLE = 0.07  # of the routed model; the aim of 0.03 is missed in some domains
+MOST_ABOVE_ORACLE = 0.03  # of the routed model
+# Where that is missed, and by how much the routed model may be above the right expert there.
+MISSED_ORACLE = {"biology": 0.065, MIXED: 0.05, "verse": 0.04, "chemistry": 0.031}
 LEAST_RIGHT = 0.9  # answer tokens whose strongest expert is the right one
 
 
@@ -80,7 +82,8 @@ def test_routing_beats_every_merge_wherever_it_was_measured() -> None:
 def test_routing_is_close_to_the_right_expert() -> None:
     for name, result in results().items():
         losses = result["losses"]
-        assert losses["routed"] <= losses["right"] + MOST_ABOVE_ORACLE, name
+        most = MISSED_ORACLE.get(name, MOST_ABOVE_ORACLE)
+        assert losses["routed"] <= losses["right"] + most, name
         assert result["right_top"] >= LEAST_RIGHT, name
 
 
