@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from tests.tiny_models import tiny_base, write_experts
 from tests.training_models import PAD, ROUTER, CallAt, letter_tokenizer, row, weights_of
@@ -83,6 +84,38 @@ def test_it_repeats_by_seed(adapters: dict[str, str]) -> None:
         settings = replace(START, seed=seed, label_start_rows=12)
         runs.append(start_from_labels(model, PAD, mixture(), settings))
     assert runs[0] == runs[1] != runs[2]
+
+
+def test_steps_and_learning_rate_are_its_own(adapters: dict[str, str]) -> None:
+    def losses(**settings: Any) -> list[float]:
+        model = fresh_model(tiny_base(), adapters, START)
+        return start_from_labels(model, PAD, mixture(), replace(START, **settings))
+
+    few = losses(label_start_steps=20)
+    assert len(few) == 20
+    assert few == losses(
+        label_start_steps=20, label_start_learning_rate=START.learning_rate, learning_rate=9.0
+    )
+    assert few != losses(label_start_steps=20, label_start_learning_rate=1e-3)
+
+
+def test_a_deeper_classifier_repeats_by_seed_with_its_dropout(adapters: dict[str, str]) -> None:
+    runs = []
+    for seed in (0, 0, 1):
+        settings = replace(START, depth=2, size=16, label_start_steps=30, seed=seed)
+        torch.rand(seed + len(runs))  # what was drawn before changes nothing
+        model = fresh_model(tiny_base(), adapters, settings)
+        hidden_weights = model.classifier.layers[0].weight.detach().clone()
+        modes: list[bool] = []
+        dropout = next(m for m in model.classifier.layers if isinstance(m, nn.Dropout))
+        dropout.register_forward_hook(lambda m, *_, seen=modes: seen.append(m.training))
+        losses = start_from_labels(model, PAD, mixture(), settings)
+        assert modes.count(True) == 30  # the rest read the hidden states
+        assert not dropout.training
+        runs.append((losses, hidden_weights.tolist()))
+    assert runs[0] == runs[1]
+    assert runs[0][0] != runs[2][0]
+    assert runs[0][1] != runs[2][1]
 
 
 def test_it_reads_what_the_classifier_reads_one_token_ahead(model: XLoraModel) -> None:
@@ -191,3 +224,12 @@ def test_gates_cannot_start_from_labels(adapters: dict[str, str], tmp_path: Path
 def test_bad_numbers_are_refused(rows: Any) -> None:
     with pytest.raises(ConfigError, match="label_start_rows must be a whole number >= 0"):
         replace(ROUTER, label_start_rows=rows)
+
+
+@pytest.mark.parametrize("steps", [0, 2.5])
+@pytest.mark.parametrize("rate", [0, float("nan")])
+def test_bad_settings_of_the_start_are_refused_together(steps: Any, rate: Any) -> None:
+    with pytest.raises(ConfigError) as refused:
+        replace(ROUTER, label_start_steps=steps, label_start_learning_rate=rate)
+    assert "label_start_steps must be a whole number >= 1" in str(refused.value)
+    assert "label_start_learning_rate must be None or finite and > 0" in str(refused.value)

@@ -70,6 +70,8 @@ _HELP = {
     "label_loss": "weight of the loss that pulls each answer to its domain's expert",
     "label_steps": "steps after which the label loss is off (default: never)",
     "label_start_rows": "rows from whose labels a classifier learns alone at first; cheap",
+    "label_start_steps": "its optimiser steps",
+    "label_start_learning_rate": "its learning rate (default: as --learning-rate)",
     "router": "one classifier behind a scaling pass, or a gate in every module",
     "depth": "linear layers of the classifier",
     "size": "width of its hidden layers",
@@ -81,7 +83,11 @@ _CHOICES = {
     "gradient_checkpointing": GRADIENT_CHECKPOINTING,
     "router": ("classifier", "per_layer"),
 }
-_NUMBERS = {"save_every": int, "label_steps": int}  # whose default is None
+_NUMBERS = {  # whose default is None
+    "save_every": int,
+    "label_steps": int,
+    "label_start_learning_rate": float,
+}
 
 
 def add_command(commands: options.Commands) -> None:

@@ -105,6 +105,9 @@ class RouterTrainConfig(TrainConfig):
         label_steps: The label loss is on for the first so many steps; None is all of them.
         label_start_rows: Rows from whose labels a classifier learns alone, before the first
             step; 0 starts from the uniform merge.
+        label_start_steps: Optimiser steps of that; they are cheap, for only the classifier runs.
+        label_start_learning_rate: AdamW's at its first step, with a cosine decay to 0; None is
+            ``learning_rate``.
         router: ``"classifier"`` or ``"per_layer"``, as in ``XLoraConfig``.
         depth: Linear layers of the classifier.
         size: Width of its hidden layers, unused at depth 1.
@@ -122,6 +125,8 @@ class RouterTrainConfig(TrainConfig):
     label_loss: float = 0.0
     label_steps: int | None = None
     label_start_rows: int = 0
+    label_start_steps: int = 300
+    label_start_learning_rate: float | None = None
     router: str = "classifier"
     depth: int = 1
     size: int = 2048
@@ -139,6 +144,13 @@ class RouterTrainConfig(TrainConfig):
             faults.append(
                 f"label_start_rows must be a whole number >= 0, got {self.label_start_rows!r}"
             )
+        if not is_int(self.label_start_steps) or self.label_start_steps < 1:
+            faults.append(
+                f"label_start_steps must be a whole number >= 1, got {self.label_start_steps!r}"
+            )
+        rate = self.label_start_learning_rate
+        if rate is not None and (not is_finite(rate) or rate <= 0):
+            faults.append(f"label_start_learning_rate must be None or finite and > 0, got {rate!r}")
         return faults
 
 

@@ -20,7 +20,6 @@ from xlora_core.training.data import IGNORE, NO_DOMAIN, Example, by_length, coll
 from xlora_core.training.losses import label_losses, soft_scalings, token_weights
 from xlora_core.training.progress import Progress
 
-STEPS = 300
 _TOKENS = 2048  # of one step
 _REPORTED = 100  # steps between two lines of progress
 
@@ -44,7 +43,7 @@ def start_from_labels(
         model: Its classifier is trained in place; nothing else changes.
         pad_id: Token id to pad with.
         examples: The training examples; ``settings.label_start_rows`` of them are drawn.
-        settings: Of the run: learning rate, rows of a forward pass, autocast, seed.
+        settings: Of the run: those of the start, rows of a forward pass, autocast, seed.
         progress: Gets a line now and then.
 
     Returns:
@@ -62,13 +61,15 @@ def start_from_labels(
             f"of the {count} that were drawn is of them",
             hint="name the adapters as the rows' domains, or leave label_start_rows at 0",
         )
-    optimizer = torch.optim.AdamW(
-        model.classifier.parameters(), lr=settings.learning_rate, weight_decay=0.0
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
+    steps = settings.label_start_steps
+    rate = settings.label_start_learning_rate or settings.learning_rate
+    optimizer = torch.optim.AdamW(model.classifier.parameters(), lr=rate, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     draws = _draws(len(targets), settings.seed)
     losses: list[float] = []
-    for step in range(1, STEPS + 1):
+    torch.manual_seed(settings.seed)  # of its dropout
+    model.classifier.train()
+    for step in range(1, steps + 1):
         tokens = next(draws).to(targets.device)
         router_logits = model.classifier(hidden[tokens])  # [N, L or 1, K]
         of_tokens = label_losses(soft_scalings(router_logits, model.config_xlora), targets[tokens])
@@ -79,7 +80,8 @@ def start_from_labels(
         schedule.step()
         losses.append(float(loss.detach()))
         if progress is not None and (step == 1 or step % _REPORTED == 0):
-            progress.note(f"label start {step}/{STEPS}  label loss {losses[-1]:.3f}")
+            progress.note(f"label start {step}/{steps}  label loss {losses[-1]:.3f}")
+    model.classifier.eval()
     return losses
 
 

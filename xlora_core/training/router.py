@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from xlora_core.config import XLoraConfig
@@ -219,7 +220,7 @@ def fresh_model(base: Any, adapters: Mapping[str, str], settings: RouterTrainCon
     """Returns a model over experts whose router starts as the uniform merge.
 
     The classifier's last layer is zero, as the gates are, so every preference it ends with comes
-    from the data.
+    from the data. What is random, its hidden layers, follows ``settings.seed``.
     """
     config = XLoraConfig(
         adapters=adapters,
@@ -229,7 +230,9 @@ def fresh_model(base: Any, adapters: Mapping[str, str], settings: RouterTrainCon
         use_trainable_adapters=settings.train_adapters,
         router=settings.router,
     )
-    model = XLoraModel.from_base(base, config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(settings.seed)
+        model = XLoraModel.from_base(base, config)
     if not model.is_routed_per_layer:
         last = cast("nn.Linear", model.classifier.layers[-1])
         nn.init.zeros_(last.weight)
