@@ -1,172 +1,135 @@
-"""What is read out of written answers, and how it is compared."""
+"""What is asked of the arms, and how values are scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 
-from xlora_core.training.answer_checks import (
-    CHECKS,
-    Check,
-    final_answer,
-    homo_lumo_gap,
-    isoelectric_point,
-    molar_mass,
-    molecular_formula,
-    protein_mass,
-    python_code,
-    same_result,
-    score,
-)
+from tests.training_models import row
+from xlora_core.training.answer_checks import CHECKS, Check, most_covered, outright, score
 
-PROPERTIES = "306 residues, 34.4 kDa, isoelectric point 9.45, GRAVY 0.60, aromaticity 0.14."
+SEQUENCE = "MKV" * 12
+ASKS_PROTEIN = "Compute the molecular mass in kDa and the isoelectric point of this protein:\n"
+FORMULA = "Its molecular formula is C2H6O and its molar mass is 46.07 g/mol."
+PROTEIN = "36 residues, 4.1 kDa, isoelectric point 9.45, GRAVY 0.60."
+GAP = "HOMO = -7.00 eV, LUMO = 0.46 eV, HOMO-LUMO gap = 7.46 eV."
 
 
 def check_of(domain: str, name: str) -> Check:
     return next(check for check in CHECKS[domain] if check.name == name)
 
 
+def asked(domain: str, question: str, answer: str) -> dict[str, str]:
+    """Returns what a row is checked for -> the reference."""
+    put = outright(row(question, answer, domain), domain)
+    values = {check: check.reference(put.user, put.assistant) for check in CHECKS[domain]}
+    return {check.name: check.show(v) for check, v in values.items() if v is not None}
+
+
 @pytest.mark.parametrize(
-    ("text", "expected"),
+    ("domain", "question", "put"),
     [
-        ("43", "43"),
-        (" -8211*y**4 + 2475*y**2 ", "-8211*y**4+2475*y**2"),
-        ("X**9/6 - 3*X**6/2 + C", "x**9/6-3*x**6/2+c"),
-        ("12*sqrt(2) + 17", "12*sqrt(2)+17"),
-        ("11:08 PM", "11:08pm"),
-        ("2, 6379, 166909", "2,6379,166909"),
-        ("(b)", "b"),
-        ("True", "true"),
-        ("Yes, 10206 is a multiple of 7.", "true"),
-        ("They have 28 - 12 = 16.\nThe answer is 28", "28"),
-        ("First 16.\n#### 1,323", "1,323"),
-        ("The answer is $25.", "25"),
-        ("The final answer is 35/3876.", "35/3876"),
-        ("The answer is 28 stickers.", "28"),
-        ("The answer is 2 + 3 = 5.", "5"),
-        ("The answer is 2*x + 1.", "2*x+1"),
-        ("The answer is 3.5 - x", "3.5-x"),
-        ("To solve it, subtract 95.\nSo e = 43.", "43"),
-        ("The probability is 1/21, I think.", "1/21"),
-        ("It falls by −7", "-7"),
-        ("I do not know.", None),
-        ("", None),
+        (
+            "chemistry",
+            "How heavy is one mole of ethanol?",
+            "What is the molecular formula and molar mass of ethanol?",
+        ),
+        (
+            "chemistry",
+            "Name this molecule: C[N+](C)C",
+            "What is the molecular formula and molar mass of C[N+](C)C?",
+        ),
+        (
+            "chemistry",
+            "SMILES: CCO\nWhat is the IUPAC name?",
+            "What is the molecular formula and molar mass of CCO?",
+        ),
+        (
+            "quantum",
+            "Compute the frontier orbital energies of CCO at the B3LYP level.",
+            "Predict the HOMO-LUMO gap of CCO.",
+        ),
+        ("quantum", "QM9 properties for CCO:", "Predict the HOMO-LUMO gap of CCO."),
+        ("quantum", "What is the dipole moment of CCO?", "What is the dipole moment of CCO?"),
+        (
+            "protein",
+            f"Protein sequence:\n{SEQUENCE}…\nWhat is this protein?",
+            f"{ASKS_PROTEIN}{SEQUENCE}…",
+        ),
+        ("math", "2 + 2?", "2 + 2?"),
     ],
 )
-def test_final_answers(text: str, expected: str | None) -> None:
-    assert final_answer(text) == expected
-
-
-@pytest.mark.parametrize(
-    ("value", "reference", "same"),
-    [
-        ("0.5", "1/2", True),
-        ("16.0", "16", True),
-        ("1,323", "1323", True),
-        ("25%", "25", True),
-        ("-4/3", "4/3", False),
-        ("1/0", "1", False),
-        ("b", "b", True),
-        ("2*x", "x*2", False),
-    ],
-)
-def test_results_are_compared_as_numbers_or_as_text(value: str, reference: str, same: bool) -> None:
-    assert same_result(value, reference) is same
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("Its molecular formula is C12H9N and its molar mass is 167.21 g/mol.", "C12H9N"),
-        ("The molecular formula of In-doped salt is H9NC12.", "C12H9N"),
-        ("The chemical formula: C₁₂H₉N", "C12H9N"),
-        ("Its molecular formula is C18H38P2Pt+2 and", "C18H38P2Pt+2"),
-        ("Its molecular formula is H4N+.", "H4N+1"),
-    ],
-)
-def test_formulas_are_read_in_any_order(text: str, expected: str) -> None:
-    formula = molecular_formula(text)
-    assert formula is not None
-    assert formula == molecular_formula(f"formula {expected}")
-    assert sum(count for _, count in formula[0]) > 1
-
-
-@pytest.mark.parametrize(
-    "text", ["CCO is ethanol.", "I do not know the formula. I am sorry.", "formula: unknown"]
-)
-def test_no_formula_is_read_where_none_is_given(text: str) -> None:
-    assert molecular_formula(text) is None
-
-
-def test_charges_and_counts_matter() -> None:
-    texts = ("formula C2H6O", "formula C2H6O2", "formula C2H6O+", "formula C2H6O-1")
-    assert len({molecular_formula(text) for text in texts}) == 4
-
-
-@pytest.mark.parametrize(
-    ("read", "text", "expected"),
-    [
-        (molar_mass, "its molar mass is 167.21 g/mol.", 167.21),
-        (molar_mass, "One mole of C12H9N weighs about 1,167 grams.", 1167.0),
-        (molar_mass, "Its density is 1.2 g/mL, its weight 44 u", 44.0),
-        (molar_mass, "It is heavy.", None),
-        (protein_mass, PROPERTIES, 34.4),
-        (protein_mass, "It weighs 34,400 Da.", 34.4),
-        (protein_mass, "It has 306 residues.", None),
-        (isoelectric_point, PROPERTIES, 9.45),
-        (isoelectric_point, "The pI of MKV is about 5.2.", 5.2),
-        (isoelectric_point, "The isoelectric point is unknown.\n5 is a number.", None),
-        (homo_lumo_gap, "HOMO = -7.00 eV, LUMO = 0.46 eV, HOMO-LUMO gap = 7.46 eV.", 7.46),
-        (homo_lumo_gap, "HOMO = -6.28 eV; LUMO = 0.25 eV; gap = 6.53 eV; ZPVE = 4.05 eV", 6.53),
-        (homo_lumo_gap, "The HOMO-LUMO gap of C1C2N1 is 5.2 eV.", 5.2),
-        (homo_lumo_gap, "The gap is 3 nm wide; HOMO = -6 nm.", None),
-    ],
-)
-def test_numbers_are_read_with_their_units(
-    read: Callable[[str], float | None], text: str, expected: float | None
+def test_questions_are_put_so_that_they_name_what_is_checked(
+    domain: str, question: str, put: str
 ) -> None:
-    assert read(text) == expected
+    assert outright(row(question, "", domain), domain).user == put
+    assert outright(row(put, "", domain), domain).user == put
 
 
-def test_python_is_read_from_closed_blocks() -> None:
-    code = "def f(x):\n    return x\n"
-    assert python_code(f"Here:\n```python\n{code}```\nDone.") == code
-    assert python_code(f"```\n{code}```") == code
-    assert python_code(code) == code
-    assert python_code(f"```python\n{code}") is None  # cut off
-    assert python_code("Sort the list first.") is None
+def test_only_what_a_question_names_is_checked() -> None:
+    by_name = {"formula, from a name": "C2H6O", "molar mass, from a name": "46.07"}
+    by_smiles = {"formula, from SMILES": "C2H6O", "molar mass, from SMILES": "46.07"}
+    assert asked("chemistry", "How heavy is one mole of ethanol?", FORMULA) == by_name
+    assert asked("chemistry", "Which compound has the SMILES string CCO?", FORMULA) == by_smiles
+    aromatic = "Name this molecule: c1cc(Cl)ncc1[N+](=O)[O-]"
+    assert asked("chemistry", aromatic, FORMULA) == by_smiles
+    name = "How heavy is one mole of 1-(4-nitrophenyl)indeno[1,2-b]azirin-6-one?"
+    assert asked("chemistry", name, FORMULA) == by_name
+    # the answers give formulas, too, but nobody asks for one
+    assert asked("chemistry", "Describe the compound ethanol.", FORMULA) == {}
+    assert asked("chemistry", "Write the SMILES of ethanol.", FORMULA) == {}
+    assert asked("quantum", "List the quantum-chemical properties of CCO.", GAP) == {
+        "HOMO-LUMO gap": "7.46"
+    }
+    assert asked("quantum", "What is the heat capacity of CCO at 298 K?", GAP) == {}
+    python = ("```python\ndef f(): ...\n```", "Python that parses")
+    assert list(asked("python", "Write a Python function.", python[0])) == [python[1]]
+    assert asked("python", "What is the drag of a whale?", python[0]) == {}
+
+
+def test_the_mass_of_a_protein_is_asked_only_of_whole_sequences() -> None:
+    point = {"isoelectric point": "9.45"}
+    whole = {"mass, whole sequence": "4.1", **point}
+    assert asked("protein", f"Annotate this amino acid sequence: {SEQUENCE}", PROTEIN) == whole
+    assert asked("protein", f"Annotate this amino acid sequence: {SEQUENCE}…", PROTEIN) == point
 
 
 def test_python_counts_if_it_parses_and_defines_a_function() -> None:
     check = check_of("python", "Python that parses")
     texts = ["def f():\n    return 1", "x = 1", "def f(:", "def f():\n" + "(" * 5000, "def f\0"]
-    answers = [f"```python\n{text}\n```" for text in texts]
-    result = score(check, [*answers, "no code"], [""] * 6)
+    values = [check.read(f"```python\n{text}\n```") for text in texts]
+    result = score(check, [*values, check.read("no code")], [""] * 6)
     assert (result.rows, result.read, result.right) == (6, 5, 1)
     assert result.mean_error is None
 
 
-def test_only_rows_that_ask_are_checked() -> None:
-    answer = "Its molecular formula is C2H6O and its molar mass is 46.07 g/mol."
-    asked, smiles = check_of("chemistry", "formula, asked by name"), "Name this molecule: CCO"
-    by_smiles = check_of("chemistry", "formula, from SMILES")
-    assert asked.reference("How heavy is one mole of ethanol?", answer) is not None
-    assert asked.reference(smiles, answer) is None
-    assert by_smiles.reference(smiles, answer) == molecular_formula(answer)
-    assert by_smiles.reference("How heavy is one mole of ethanol?", answer) is None
-
-
 def test_an_unread_answer_is_wrong_and_has_no_error() -> None:
     check = check_of("quantum", "HOMO-LUMO gap")
-    answers = ["gap = 7.4 eV", "gap = 5.0 eV", "gap = 9.0 eV", "?"]
-    result = score(check, answers, [7.0] * 4)
-    assert (result.rows, result.read, result.right) == (4, 3, 1)
-    assert result.mean_error == pytest.approx((0.4 + 2 + 2) / 3)
+    result = score(check, [7.4, 5.0, 9.0, None, 5.0], [7.0] * 5)
+    assert (result.rows, result.read, result.right, result.distinct) == (5, 4, 1, 3)
+    assert result.mean_error == pytest.approx((0.4 + 2 + 2 + 2) / 4)
     assert result.median_error == pytest.approx(2)
 
 
 def test_relative_errors_are_in_percent() -> None:
-    check = check_of("protein", "protein mass")
-    result = score(check, ["21 kDa", "22 kDa"], [20.0, 20.0])
+    check = check_of("protein", "mass, whole sequence")
+    result = score(check, [21.0, 22.0], [20.0, 20.0])
     assert (result.right, result.mean_error, check.unit) == (1, pytest.approx(7.5), "%")
+
+
+def test_the_best_constant_is_right_for_the_most() -> None:
+    gap = check_of("quantum", "HOMO-LUMO gap").constant
+    assert gap is not None
+    # the median, 7, would be right for one
+    assert gap([5.0, 5.2, 5.4, 7.0, 9.0, 10.0, 11.0]) == pytest.approx(5.2)
+    mass = check_of("protein", "mass, whole sequence").constant
+    assert mass is not None
+    assert mass([100.0, 104.0, 50.0]) == pytest.approx((0.95 * 104 + 1.05 * 100) / 2)
+    exact = check_of("math", "final answer").constant
+    assert exact is not None
+    assert exact(["2", "true", "true", "5"]) == "true"
+    assert check_of("python", "Python that parses").constant is None
+
+
+def test_of_several_best_constants_it_is_the_one_in_the_midst() -> None:
+    assert most_covered([(0, 1), (4, 5), (9, 10)]) == 4.5
+    assert most_covered([(3, 3)]) == 3

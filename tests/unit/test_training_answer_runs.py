@@ -1,4 +1,4 @@
-"""Every arm answers held-out questions, and the checks say how well."""
+"""Every arm answers held-out questions."""
 
 from __future__ import annotations
 
@@ -9,13 +9,8 @@ from tests.training_models import row
 from xlora_core.config import Arm, SamplingParams
 from xlora_core.engine import Engine
 from xlora_core.model import XLoraModel
-from xlora_core.training.answer_runs import (
-    Answer,
-    AnswerSettings,
-    check_answers,
-    checked_rows,
-    write_answers,
-)
+from xlora_core.training.answer_questions import AnswerSettings
+from xlora_core.training.answer_runs import Answer, write_answers
 
 SETTINGS = AnswerSettings(rows=3, max_new_tokens=6)
 ROWS = {"math": [row(f"{i} + {i}?", str(2 * i)) for i in range(3)]}
@@ -53,42 +48,5 @@ def test_a_merge_of_equal_weights_is_the_uniform_one(model: XLoraModel) -> None:
     assert "best_merge" not in written(model, None)[0].texts
 
 
-def test_rows_are_chosen_that_are_checked_and_fit(model: XLoraModel) -> None:
-    tokenizer = tiny_tokenizer()
-    rows = {
-        "math": [*ROWS["math"], row("long?", "123456789" * 3), row("", "plain text")],
-        "quantum": [row("Predict the HOMO-LUMO gap of C.", "no gap", "quantum")],
-        "verse": [row("Sing.", "la la", "verse")],
-    }
-    chosen = checked_rows(rows, tokenizer, SETTINGS, 128)
-    assert list(chosen) == ["math"]
-    assert sorted(r.id for r in chosen["math"]) == ["0 + 0?", "1 + 1?", "2 + 2?"]
-    assert chosen == checked_rows(rows, tokenizer, SETTINGS, 128)
-    one = AnswerSettings(rows=1, max_new_tokens=6)
-    assert checked_rows(rows, tokenizer, one, 128)["math"] == chosen["math"][:1]
-    assert checked_rows(rows, tokenizer, SETTINGS, 20) == {}  # no room for the prompt
-    assert write_answers(model, tokenizer, {}, SETTINGS) == []
-
-
-def answer(texts: dict[str, str], gap: float) -> Answer:
-    question, reference = "Predict the HOMO-LUMO gap of C.", f"gap = {gap} eV"
-    return Answer(
-        domain="quantum", id="", question=question, reference=reference, texts=texts, cut=[]
-    )
-
-
-def test_checks_score_every_arm_and_the_median() -> None:
-    answers = [
-        answer({"base": "I do not know.", "routed": "gap = 6.2 eV"}, 6.0),
-        answer({"base": "gap = 1 eV", "routed": "gap = 9.0 eV"}, 8.0),
-    ]
-    training = [row("What is the gap?", f"gap = {gap} eV", "quantum") for gap in (5, 7, 30)]
-    (result,) = check_answers(answers, {"quantum": training})
-    assert (result.domain, result.check, result.rows) == ("quantum", "HOMO-LUMO gap", 2)
-    assert (result.arms["base"].read, result.arms["base"].mean_error) == (1, 7.0)
-    assert (result.arms["routed"].read, result.arms["routed"].right) == (2, 1)
-    assert result.always_median is not None
-    assert result.always_median.mean_error == 1.0
-    (without,) = check_answers(answers, {})
-    assert without.always_median is None
-    assert check_answers([], {"quantum": training}) == []
+def test_nothing_is_asked_without_rows(model: XLoraModel) -> None:
+    assert write_answers(model, tiny_tokenizer(), {}, SETTINGS) == []

@@ -6,13 +6,8 @@ from typing import Any
 
 import pytest
 
-from xlora_core.training.tables import (
-    answer_table,
-    expert_table,
-    merge_table,
-    table,
-    tables,
-)
+from xlora_core.training.answer_tables import answer_section
+from xlora_core.training.tables import expert_table, merge_table, table, tables
 
 
 def result(own: float | None, **losses: float) -> dict[str, Any]:
@@ -57,28 +52,20 @@ RESULTS = {
         routed=9.0,
     ),
 }
-SCORE = {"rows": 4, "read": 3, "right": 1, "mean_error": 1.4567, "median_error": 2.0}
-UNREAD = {"rows": 4, "read": 0, "right": 0, "mean_error": None, "median_error": None}
-CHECKS = [
-    {
-        "domain": "quantum",
-        "check": "gap",
-        "right_when": "within 0.5 eV",
-        "unit": "eV",
-        "rows": 4,
-        "arms": {"base": UNREAD, "routed": SCORE},
-        "always_median": SCORE,
-    },
-    {
-        "domain": "math",
-        "check": "final answer",
-        "right_when": "the same",
-        "unit": "",
-        "rows": 4,
-        "arms": {"base": UNREAD, "routed": SCORE},
-        "always_median": None,
-    },
-]
+CHECK = {
+    "domain": "quantum",
+    "check": "gap",
+    "right_when": "the same",
+    "unit": "",
+    "rows": 4,
+    "question": "Predict the gap.",
+    "arms": {"routed": {"rows": 4, "read": 3, "right": 1, "distinct": 2, "median_error": None}},
+    "cut": {"routed": 0},
+    "common": {},
+    "usual": None,
+    "constant": None,
+}
+ANSWERS = {"settings": {"rows": 4, "max_new_tokens": 192}, "checks": [CHECK]}
 RECORD = {
     "command": "xlora eval --data rows",
     "versions": {"torch": "2"},
@@ -87,7 +74,7 @@ RECORD = {
     "max_length": 288,
     "results": RESULTS,
     "merge": {"weights": {"math": 0.5, "law": -0.25}, "losses": [2.0], "rows": 9},
-    "answers": {"settings": {"rows": 4, "max_new_tokens": 192}, "checks": CHECKS},
+    "answers": ANSWERS,
     "notes": ["Something is missing."],
 }
 
@@ -126,18 +113,13 @@ def test_weights_and_their_sum() -> None:
     assert cells(merge_table({"math": 0.5, "law": -0.25}))[2] == ["weight", "0.50", "-0.25", "0.25"]
 
 
-def test_shares_are_of_all_answers_and_errors_say_of_how_many() -> None:
-    header, ruler, share, error, exact = cells(answer_table(CHECKS))
-    assert header == ["domain", "check", "rows", "always the median", "base", "routed"]
-    assert ruler[:3] == ["---", "---", "--:"]
-    assert share == ["quantum", "gap: within 0.5 eV, %", "4", "25", "0", "25"]
-    assert error == ["quantum", "gap: mean error, eV", "4", "1.46 (3)", "- (0)", "1.46 (3)"]
-    assert exact == ["math", "final answer: the same, %", "4", "-", "0", "25"]
-
-
 def test_all_tables_stand_together_with_what_made_them() -> None:
     text = tables(RECORD)
-    for part in (table(RESULTS), expert_table(RESULTS), answer_table(CHECKS)):
+    for part in (
+        table(RESULTS),
+        expert_table(RESULTS),
+        answer_section(ANSWERS, {"routed": "routed"}),
+    ):
         assert f"\n\n{part}\n\n" in text
     assert "fitted on 9 training rows" in text
     assert "\n\nSomething is missing.\n\n" in text

@@ -51,7 +51,7 @@ def add_command(commands: options.Commands) -> None:
         type=int,
         default=16,
         metavar="N",
-        help="questions of each domain with a check that every arm answers; 0: none (default: 16)",
+        help="questions of each check that every arm answers; 0: none (default: 16)",
     )
     parser.add_argument(
         "--max-new-tokens",
@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(faults)
     model, tokenizer = options.load(args)
     from xlora_core.training import report
-    from xlora_core.training.answer_runs import AnswerSettings
+    from xlora_core.training.answer_questions import AnswerSettings
     from xlora_core.training.log import public_command
     from xlora_core.training.merge_fit import MergeFitSettings
     from xlora_core.training.tables import tables

@@ -1,24 +1,34 @@
-"""What can be checked of a written answer: values are read out of texts and compared.
+"""What answers are checked for, how questions ask for it, and how values are scored.
 
-Pure text and arithmetic. The reference is always a row's own answer, read the same way. Reading
-is lenient about wording. A value that a question does not ask for in so many words is checked, too,
-where rows give it: a model that was never shown such rows leaves it out.
+A check covers only questions that ask for its quantity in so many words, so that an arm that was
+never trained on the rows knows what is wanted. Where a domain's rows give a quantity that their
+questions do not name, its questions are put anew (``REWORDINGS``). The reference is always the
+row's own answer, read the same way.
 """
 
 from __future__ import annotations
 
-import ast
 import re
 import statistics
-import unicodedata
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
+from dataclasses import replace as with_changes
 from typing import Any
 
-_NUMBER = r"-?\d{1,15}(?:,\d{3})*(?:\.\d{1,15})?"
+from xlora_core.training.answer_readers import (
+    defines_a_function,
+    dipole_moment,
+    formula_text,
+    homo_lumo_gap,
+    isoelectric_point,
+    molar_mass,
+    molecular_formula,
+    protein_mass,
+    python_code,
+)
+from xlora_core.training.data import Row
+from xlora_core.training.final_answers import final_answer, same_result
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,11 +38,15 @@ class Check:
     Attributes:
         name: What is checked, such as ``"HOMO-LUMO gap"``.
         right_when: When an answer counts as right, such as ``"within 0.5 eV"``.
-        asks: Regular expression of the questions that are checked.
+        asks: Regular expression of the questions that ask for it.
         read: Text of an answer -> its value; None if there is none in it.
         agrees: Value and reference -> whether the value is right.
         error: Value and reference -> how far off; None for values that are right or wrong only.
         unit: Of the error.
+        show: Value -> its text; two values are the same if their texts are.
+        constant: References -> the value that is right for most of them; None where a constant
+            means nothing.
+        at_the_end: Whether the value is what an answer ends in, so that one that was cut has none.
     """
 
     name: str
@@ -42,10 +56,13 @@ class Check:
     agrees: Callable[[Any, Any], bool]
     error: Callable[[float, float], float] | None = None
     unit: str = ""
+    show: Callable[[Any], str] = str
+    constant: Callable[[Sequence[Any]], Any] | None = None
+    at_the_end: bool = False
 
     def reference(self, question: str, answer: str) -> Any:
-        """Returns the value of a row's own answer; None where the row is not checked."""
-        if not re.search(self.asks, question, re.IGNORECASE):
+        """Returns the value of a row's own answer; None where its question does not ask for it."""
+        if not re.search(self.asks, question, flags=re.IGNORECASE):
             return None
         return self.read(answer)
 
@@ -58,6 +75,7 @@ class Score:
         rows: Number of answers.
         read: In how many a value could be read.
         right: Number of right ones; one that cannot be read is wrong.
+        distinct: Number of different values.
         mean_error: Mean error of those that could be read; None without any, or without an error.
         median_error: Their median error.
     """
@@ -65,167 +83,32 @@ class Score:
     rows: int
     read: int
     right: int
+    distinct: int
     mean_error: float | None
     median_error: float | None
 
 
-def score(check: Check, answers: Sequence[str], references: Sequence[Any]) -> Score:
-    """Scores answers against the references of the same rows."""
-    return score_values(check, [check.read(answer) for answer in answers], references)
-
-
-def score_values(check: Check, values: Sequence[Any], references: Sequence[Any]) -> Score:
-    """Scores values; None is an answer that could not be read."""
+def score(check: Check, values: Sequence[Any], references: Sequence[Any]) -> Score:
+    """Scores values against the references of the same rows; None could not be read."""
     pairs = [(v, r) for v, r in zip(values, references, strict=True) if v is not None]
     errors = [check.error(*pair) for pair in pairs] if check.error else []
     return Score(
         rows=len(values),
         read=len(pairs),
         right=sum(check.agrees(*pair) for pair in pairs),
+        distinct=len({check.show(value) for value, _ in pairs}),
         mean_error=statistics.fmean(errors) if errors else None,
         median_error=statistics.median(errors) if errors else None,
     )
 
 
-# ---------------------------------------------------------------- reading
-
-
-def final_answer(text: str) -> str | None:
-    """Reads the result of a calculation, without spaces and in lower case.
-
-    It is what follows the last "the answer is" or "####"; else the text itself if it is a single
-    expression; else the last number in it.
-    """
-    text = unicodedata.normalize("NFKC", text).replace("−", "-").strip()
-    told = re.findall(r"(?:answer is|####)[:\s]*([^\n]+)", text, flags=re.IGNORECASE)
-    if told:
-        value = told[-1].rpartition("=")[2].strip()
-        # "28 stickers" is a number, "2 - x" is not
-        number = re.match(rf"[$*\s]*({_NUMBER}(?:/\d{{1,15}})?)(?!\s*[-+*/^(]|\w|[.,]\d)", value)
-        return _plain(number[1] if number else value) or None
-    if "\n" not in text and not _is_prose(text):
-        return _plain(text) or None
-    word = re.match(r"(true|false|yes|no)\b", text, flags=re.IGNORECASE)
-    if word:
-        return _plain(word[1])
-    numbers = re.findall(rf"(?<![\w.]){_NUMBER}(?:/\d{{1,15}})?", text)
-    return _plain(numbers[-1]) if numbers else None
-
-
-def _is_prose(text: str) -> bool:
-    words = [w.lower() for w in re.findall(r"[A-Za-z]{2,}", text)]
-    return any(word not in ("sqrt", "log", "true", "false", "am", "pm") for word in words)
-
-
-def _plain(text: str) -> str:
-    text = re.sub(r"[\s$]|\\[()\[\]]", "", text).rstrip(".").lower()
-    if re.fullmatch(r"\([a-z]\)", text):
-        text = text[1]
-    return {"yes": "true", "no": "false"}.get(text, text)
-
-
-def same_result(value: str, reference: str) -> bool:
-    """Whether two results of ``final_answer`` are the same text, or the same number."""
-    if value == reference:
-        return True
-    numbers = [_rational(text) for text in (value, reference)]
-    return None not in numbers and numbers[0] == numbers[1]
-
-
-def _rational(text: str) -> Fraction | None:
-    match = re.fullmatch(rf"({_NUMBER})(?:/(\d{{1,15}}))?%?", text)
-    if match is None or (match[2] is not None and not int(match[2])):
-        return None
-    return Fraction(match[1].replace(",", "")) / int(match[2] or 1)
-
-
-_ELEMENT = (  # two letters before one
-    "A[cglrstu]|B[aeir]|C[adelorsu]|Dy|E[ru]|F[er]|G[ade]|H[efgo]|I[nr]|Kr|L[aiu]|M[gno]|N[abdei]|"
-    "Os|P[abdmort]|R[abehnu]|S[bceimnr]|T[abcehilm]|Xe|Yb|Z[nr]|[BCDFHIKNOPSTUVWY]"
-)
-_FORMULA = rf"(?<![A-Za-z0-9])((?:(?:{_ELEMENT})\d{{0,4}})+)((?:[+-]\d?)?)(?![A-Za-z0-9])"
-
-
-def molecular_formula(text: str) -> tuple[frozenset[tuple[str, int]], str] | None:
-    """Reads the first molecular formula after the word "formula": atoms of each kind, and charge.
-
-    The order of the elements does not matter. A single letter is none: "I" is a word.
-    """
-    text = unicodedata.normalize("NFKC", text)  # subscript digits become plain ones
-    start = re.search(r"formula", text, flags=re.IGNORECASE)
-    if start is None:
-        return None
-    for match in re.finditer(_FORMULA, text[start.end() :]):
-        atoms: Counter[str] = Counter()
-        for element, count in re.findall(rf"({_ELEMENT})(\d*)", match[1]):
-            atoms[element] += int(count or 1)
-        if sum(atoms.values()) > 1:
-            return frozenset(atoms.items()), match[2].removesuffix("1")
-    return None
-
-
-def molar_mass(text: str) -> float | None:
-    """Reads the first mass in grams (a mole), or in daltons; g/mol."""
-    return _number_before(text, r"(?:g|grams?|amu|u|da|daltons?)\b(?!/(?:m?l|cm))")
-
-
-def protein_mass(text: str) -> float | None:
-    """Reads the first mass in (kilo)daltons; kDa."""
-    kilo = _number_before(text, r"(?:kda|kilodaltons?)\b")
-    if kilo is not None:
-        return kilo
-    dalton = _number_before(text, r"(?:da|daltons?)\b")
-    return None if dalton is None else dalton / 1000
-
-
-def isoelectric_point(text: str) -> float | None:
-    """Reads the number that follows "isoelectric point" or "pI"; pH units."""
-    return _number_after(text, r"isoelectric point|\bpI\b", "")
-
-
-def homo_lumo_gap(text: str) -> float | None:
-    """Reads the number of electronvolts that follows "gap"; eV."""
-    return _number_after(text, r"\bgap\b", r"\s*(?:eV|electron ?-?volts?)")
-
-
-def _number_before(text: str, unit: str) -> float | None:
-    match = re.search(rf"(?<![\w.])({_NUMBER})\s*{unit}", text, flags=re.IGNORECASE)
-    return None if match is None else _as_float(match[1])
-
-
-def _number_after(text: str, word: str, unit: str) -> float | None:
-    for start in re.finditer(word, text, flags=re.IGNORECASE):
-        line = text[start.end() : start.end() + 200].partition("\n")[0]
-        match = re.search(rf"(?<![\w.])({_NUMBER})(?!\w){unit}", line, flags=re.IGNORECASE)
-        if match:
-            return _as_float(match[1])
-    return None
-
-
-def _as_float(number: str) -> float:
-    return float(number.replace(",", ""))
-
-
-def python_code(text: str) -> str | None:
-    """Reads the first fenced block, or a text that defines a function without a fence.
-
-    A block that was never closed is cut off: there is no code to read.
-    """
-    fence = re.search(r"```[a-zA-Z0-9]*\n(.*?)(?:```|\Z)", text, flags=re.DOTALL)
-    if fence is None:
-        return text if re.search(r"^\s*(?:async )?def ", text, flags=re.MULTILINE) else None
-    return fence[1] if fence[0].endswith("```") else None
-
-
-def defines_a_function(code: str) -> bool:
-    """Whether code parses as Python and defines at least one function."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # such as an escape that Python does not know
-            tree = ast.parse(code)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return any(isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) for node in ast.walk(tree))
+def outright(row: Row, domain: str) -> Row:
+    """Returns a row whose question names what is checked, as far as ``REWORDINGS`` has it."""
+    for pattern, question in REWORDINGS.get(domain, ()):
+        found = re.search(pattern, row.user)
+        if found:
+            return with_changes(row, user=question.format(found[1]))
+    return row
 
 
 # ---------------------------------------------------------------- comparing
@@ -239,6 +122,29 @@ def _percent(value: float, reference: float) -> float:
     return 100 * abs(value - reference) / max(abs(reference), 1e-9)
 
 
+def most_covered(ranges: Sequence[tuple[float, float]]) -> float:
+    """Returns the middle of what lies in the most ranges; of several such, the one in the midst.
+
+    Args:
+        ranges: Lowest and highest value that each reference accepts; not empty.
+
+    Examples:
+        >>> most_covered([(0, 2), (1, 3), (5, 7)])
+        1.5
+    """
+    ends = sorted([(low, -1) for low, _ in ranges] + [(high, 1) for _, high in ranges])
+    depth, best = 0, 0
+    middles: list[float] = []
+    for (value, kind), (after, _) in zip(ends, [*ends[1:], ends[-1]], strict=True):
+        depth -= kind
+        if depth > best:
+            best, middles = depth, []
+        if depth == best and kind < 0:
+            middles.append((value + after) / 2)
+    midst = statistics.median(low + high for low, high in ranges) / 2
+    return min(middles, key=lambda middle: abs(middle - midst))
+
+
 def _number_check(
     name: str,
     asks: str,
@@ -248,6 +154,11 @@ def _number_check(
     unit: str,
 ) -> Check:
     error = _percent if unit == "%" else _absolute
+
+    def accepted(reference: float) -> tuple[float, float]:
+        width = within * abs(reference) / 100 if unit == "%" else within
+        return reference - width, reference + width
+
     return Check(
         name=name,
         right_when=f"within {within:g} {unit}",
@@ -256,62 +167,99 @@ def _number_check(
         agrees=lambda value, reference: error(value, reference) <= within + 1e-9,
         error=error,
         unit=unit,
+        show="{:.4g}".format,
+        constant=lambda references: most_covered([accepted(value) for value in references]),
     )
 
 
-_ASKS_FORMULA = r"molecular formula|molar mass|how heavy"
-_GIVES_SMILES = r"^(?:which compound has the smiles|name this molecule:|smiles:)"
-_ASKS_PROPERTIES = r"biophysical properties|isoelectric point"
+def _exact_check(
+    name: str,
+    asks: str,
+    read: Callable[[str], Any],
+    *,
+    agrees: Callable[[Any, Any], bool],
+    show: Callable[[Any], str] = str,
+    at_the_end: bool = False,
+) -> Check:
+    return Check(
+        name=name,
+        right_when="the same",
+        asks=asks,
+        read=read,
+        agrees=agrees,
+        show=show,
+        constant=lambda references: Counter(references).most_common(1)[0][0],
+        at_the_end=at_the_end,
+    )
+
+
+def _formula_check(name: str, asks: str) -> Check:
+    return _exact_check(
+        name,
+        asks,
+        molecular_formula,
+        agrees=lambda value, reference: bool(value == reference),
+        show=formula_text,
+    )
+
+
+# ---------------------------------------------------------------- what is asked
+
+_FORMULA_AND_MASS = "What is the molecular formula and molar mass of "
+# Elements that need no brackets, atoms in brackets, bonds, branches and rings.
+_SMILES = r"(?-i:(?:\[[^\]\s]+\]|Cl|Br|[BCNOPSFIbcnops]|[-=#$/\\()%.:+@\d])+)"
+_GIVES_SMILES = r"(?:Name this molecule: |Which compound has the SMILES string |SMILES: )"
+_GAP = "Predict the HOMO-LUMO gap of "
+_GIVES_ORBITALS = (
+    "(?:What are the HOMO and LUMO energies of the molecule |Compute the frontier orbital energies "
+    "of |List the quantum-chemical properties of |QM9 properties for )"
+)
+_OF_PROTEIN = "Compute the molecular mass in kDa and the isoelectric point of this protein:\n"
+
+# Domain -> question that leaves out what is checked, what it is about in brackets -> question
+# that names it.
+REWORDINGS: dict[str, tuple[tuple[str, str], ...]] = {
+    "chemistry": (
+        (r"^How heavy is one mole of (.+)\?$", _FORMULA_AND_MASS + "{}?"),
+        (
+            rf"^{_GIVES_SMILES}(\S+?)\??(?:\s*\nWhat is the IUPAC name\?)?$",
+            _FORMULA_AND_MASS + "{}?",
+        ),
+    ),
+    "quantum": ((rf"^{_GIVES_ORBITALS}(\S+?)(?: at the B3LYP level)?[.?:]$", _GAP + "{}."),),
+    "protein": ((r"(?<![A-Z])([A-Z]{30,}…?)(?![A-Z…])", _OF_PROTEIN + "{}"),),
+}
+
+_BY_NAME = rf"^{_FORMULA_AND_MASS}(?!{_SMILES}\?$)"
+_BY_SMILES = rf"^{_FORMULA_AND_MASS}{_SMILES}\?$"
 
 # Domain -> what its answers are checked for. A domain without checks is not here.
 CHECKS: dict[str, tuple[Check, ...]] = {
-    "math": (
-        Check(
-            name="final answer",
-            right_when="the same",
-            asks="",
-            read=final_answer,
-            agrees=same_result,
-        ),
-    ),
+    "math": (_exact_check("final answer", "", final_answer, agrees=same_result, at_the_end=True),),
     "chemistry": (
-        Check(
-            name="formula, asked by name",
-            right_when="the same",
-            asks=_ASKS_FORMULA,
-            read=molecular_formula,
-            agrees=lambda value, reference: bool(value == reference),
-        ),
-        _number_check("molar mass, asked by name", _ASKS_FORMULA, molar_mass, within=1, unit="%"),
-        Check(
-            name="formula, from SMILES",
-            right_when="the same",
-            asks=_GIVES_SMILES,
-            read=molecular_formula,
-            agrees=lambda value, reference: bool(value == reference),
-        ),
-        _number_check("molar mass, from SMILES", _GIVES_SMILES, molar_mass, within=1, unit="%"),
+        _formula_check("formula, from a name", _BY_NAME),
+        _number_check("molar mass, from a name", _BY_NAME, molar_mass, within=1, unit="%"),
+        _formula_check("formula, from SMILES", _BY_SMILES),
+        _number_check("molar mass, from SMILES", _BY_SMILES, molar_mass, within=1, unit="%"),
     ),
     "quantum": (
-        _number_check(
-            "HOMO-LUMO gap",
-            r"gap|homo|frontier|quantum-chemical properties|qm9 properties",
-            homo_lumo_gap,
-            within=0.5,
-            unit="eV",
-        ),
+        _number_check("HOMO-LUMO gap", "HOMO-LUMO gap", homo_lumo_gap, within=0.5, unit="eV"),
+        _number_check("dipole moment", r"dipole moment", dipole_moment, within=0.5, unit="D"),
     ),
     "protein": (
-        _number_check("protein mass", _ASKS_PROPERTIES, protein_mass, within=5, unit="%"),
+        # The mass of a protein cannot be told from the beginning of its sequence.
         _number_check(
-            "isoelectric point", _ASKS_PROPERTIES, isoelectric_point, within=0.5, unit="pH"
+            "mass, whole sequence", rf"^{_OF_PROTEIN}[A-Z]+$", protein_mass, within=5, unit="%"
+        ),
+        _number_check(
+            "isoelectric point", r"isoelectric point", isoelectric_point, within=0.5, unit="pH"
         ),
     ),
     "python": (
         Check(
             name="Python that parses",
             right_when="parses, defines a function",
-            asks="",
+            asks=r"\bpython\b",
             read=python_code,
             agrees=lambda code, _: defines_a_function(code),
         ),

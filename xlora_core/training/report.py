@@ -11,12 +11,9 @@ from typing import Any
 
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
-from xlora_core.training.answer_runs import (
-    AnswerSettings,
-    check_answers,
-    checked_rows,
-    write_answers,
-)
+from xlora_core.training.answer_questions import AnswerSettings, checked_rows
+from xlora_core.training.answer_results import check_answers
+from xlora_core.training.answer_runs import write_answers
 from xlora_core.training.card import check_card, write_into_card
 from xlora_core.training.data import (
     Example,

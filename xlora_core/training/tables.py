@@ -6,7 +6,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from xlora_core.training.answer_tables import answer_section
 from xlora_core.training.evaluation import MIXED, mean_losses
+from xlora_core.training.markdown import markdown
 
 # Arm of the record -> its column, in the order of the table.
 _ARMS = {
@@ -33,14 +35,6 @@ the domain.
 - router entropy: 1 is uniform, 0 a single expert
 - {MIXED}: rows that change domain midway; not in the mean"""
 _EXPERTS = "Every expert alone, nats a token; bold where a domain's own expert is the best of them."
-_ANSWERS = """\
-Answers to held-out questions, the most likely token each time, at most {limit} tokens. Only rows
-whose own answer fits are asked.
-
-- %: share of all answers; one that cannot be read is wrong, as is code in a block that was cut
-  before its end
-- mean error: of the answers that could be read; their number is in brackets
-- always the median: what the median of the training rows' answers scores, whatever the question"""
 _NOTHING = "-"
 
 
@@ -60,8 +54,7 @@ def tables(record: Mapping[str, Any]) -> str:
         ]
     answers = record.get("answers")
     if answers and answers["checks"]:
-        limit = answers["settings"]["max_new_tokens"]
-        parts += [_ANSWERS.format(limit=limit), answer_table(answers["checks"])]
+        parts.append(answer_section(answers, _ARMS))
     parts += record.get("notes", [])
     parts.append(_made_by(record))
     return "\n\n".join(parts)
@@ -112,40 +105,6 @@ def merge_table(weights: Mapping[str, float]) -> str:
     """Returns the weights of a merge."""
     cells = [f"{weight:.2f}" for weight in (*weights.values(), sum(weights.values()))]
     return markdown(["expert", *weights, "sum"], [["weight", *cells]])
-
-
-def answer_table(checks: Sequence[Mapping[str, Any]]) -> str:
-    """Returns what the checks found: a line for the share that is right, one for the error."""
-    arms = [arm for arm in _ARMS if any(arm in check["arms"] for check in checks)]
-    header = ["domain", "check", "rows", "always the median", *(_ARMS[arm] for arm in arms)]
-    lines = []
-    for check in checks:
-        scores = [check["always_median"], *(check["arms"].get(arm) for arm in arms)]
-        what = f"{check['check']}: {check['right_when']}, %"
-        lines.append([check["domain"], what, str(check["rows"]), *map(_share, scores)])
-        if check["unit"]:
-            what = f"{check['check']}: mean error, {check['unit']}"
-            lines.append([check["domain"], what, str(check["rows"]), *map(_error, scores)])
-    return markdown(header, lines, texts=2)
-
-
-def _share(score: Mapping[str, Any] | None) -> str:
-    return _NOTHING if score is None else f"{100 * score['right'] / score['rows']:.0f}"
-
-
-def _error(score: Mapping[str, Any] | None) -> str:
-    if score is None:
-        return _NOTHING
-    error = score["mean_error"]
-    if error is None:
-        return f"{_NOTHING} (0)"
-    return f"{format(error, '.2f' if error < 100 else ',.0f')} ({score['read']})"
-
-
-def markdown(header: Sequence[str], lines: Sequence[Sequence[str]], texts: int = 1) -> str:
-    """Returns a Markdown table, the first ``texts`` columns to the left, the others right."""
-    ruler = ["---"] * texts + ["--:"] * (len(header) - texts)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ruler, *lines))
 
 
 def _losses(losses: Mapping[str, float], arms: Sequence[str]) -> list[str]:
