@@ -24,6 +24,7 @@ from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from xlora_core.errors import CheckpointError, ConfigError
+from xlora_core.training.identity import with_defaults
 
 WEIGHTS = "weights.safetensors"
 MOMENTS = "optimizer.safetensors"
@@ -186,7 +187,7 @@ def checkpoint_to_resume(folder: Path, run: Mapping[str, Any]) -> Path | None:
     if newest is None:
         return None
     _read(newest / TRAINER_STATE_NAME)
-    there = _read(newest / RUN)
+    there = with_defaults(_read(newest / RUN))
     wanted = json.loads(json.dumps(run))
     if there != wanted:
         differs = ", ".join(_differences(there, wanted))

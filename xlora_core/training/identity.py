@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xlora_core.config.training import RouterTrainConfig, TrainConfig
+from xlora_core.config.training import ExpertTrainConfig, RouterTrainConfig, TrainConfig
 from xlora_core.model import XLoraModel
 from xlora_core.training.data import Example
 
@@ -50,6 +50,23 @@ def router_identity(
         topics = repr([example.topics for example in train])
         more["topics of training rows"] = hashlib.sha256(topics.encode()).hexdigest()
     return run_identity(model.base_model, train, heldout, settings, **more)
+
+
+def with_defaults(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a stored run's identity with the settings that came after it, at their defaults.
+
+    The default of a new setting is what runs did before there was one, so an old run stays the
+    same run.
+
+    Args:
+        stored: As of ``run_identity``, as read from JSON.
+    """
+    settings = stored.get("settings")
+    if not isinstance(settings, Mapping):
+        return dict(stored)
+    kind = ExpertTrainConfig if "domain" in settings else RouterTrainConfig
+    defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+    return {**stored, "settings": defaults | dict(settings)}
 
 
 def _hash_of_base(base: nn.Module) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xlora_core.errors import ConfigError
+from xlora_core.training.identity import with_defaults
 
 LOG_FILE = "training.json"
 _PACKAGES = ("torch", "transformers", "accelerate")
@@ -89,6 +90,8 @@ def _with_prefix(entry: Mapping[str, Any], prefix: str) -> dict[str, float]:
 def finished_run(folder: Path, run: Mapping[str, Any]) -> TrainingLog | None:
     """Returns the log that the same run left in a folder, or None if there is no log.
 
+    A log of an earlier version may lack settings; they count as their defaults.
+
     Raises:
         ConfigError: If the folder holds another run's log, or an unreadable one.
     """
@@ -101,7 +104,7 @@ def finished_run(folder: Path, run: Mapping[str, Any]) -> TrainingLog | None:
         raise ConfigError(
             f"{path} is not the log of a training run: {error}", hint="choose another folder"
         ) from error
-    if {"settings": log.settings, **log.run} != json.loads(json.dumps(run)):
+    if with_defaults({"settings": log.settings, **log.run}) != json.loads(json.dumps(run)):
         raise ConfigError(
             f"{folder} holds the result of another training run: other settings, rows or experts",
             hint="choose another folder, or delete it to train anew",
