@@ -78,6 +78,9 @@ def test_the_commands_train_and_evaluate_a_whole_model(
     assert capsys.readouterr().out == tables(record) + "\n"
     assert main([*evaluation, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["results"] == record["results"]
+    assert main([*evaluation, "--arms", "routed", "--json"]) == 0
+    alone = json.loads(capsys.readouterr().out)["results"]["sums"]["losses"]
+    assert list(alone) == ["routed"]
     for file in tmp_path.rglob("*.json"):
         assert str(tmp_path) not in file.read_text(), file
         assert rows not in file.read_text(), file
@@ -182,6 +185,8 @@ def test_eval_refuses_before_it_loads_a_model(tmp_path: Path, capsys: Capture) -
     err = refused(capsys, *command, "--out", str(tmp_path / "no" / "a.json"))
     assert "the folder" in err
     assert "does not exist" in err
+    err = refused(capsys, *command, "--arms", "routed", "--answers-file", str(tmp_path / "a"))
+    assert "--answers-file needs answers, and --arms routed has none" in err
 
 
 @pytest.mark.parametrize("command", COMMANDS)

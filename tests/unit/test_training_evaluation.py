@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
 
-from tests.tiny_models import tiny_xlora
+from tests.tiny_models import tiny_base, tiny_xlora, write_experts
 from tests.training_models import PAD, letter_tokenizer, row, write_rows
+from xlora_core.config import XLoraConfig
 from xlora_core.errors import ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.training import report
 from xlora_core.training.card import write_into_card
 from xlora_core.training.data import encode, encode_rows, mixed_examples
 from xlora_core.training.evaluation import evaluate
+from xlora_core.training.merge_fit import MergeFitSettings
 from xlora_core.training.tables import table, tables
 
 
@@ -125,3 +128,85 @@ def test_a_run_that_is_cut_off_while_it_answers_keeps_its_losses(
     record = json.loads(out.read_text())
     assert set(record["results"]) == {"0", "1", "mixed"}
     assert "answers" not in record
+
+
+@pytest.fixture(params=["classifier", "per_layer"])
+def routed_model(request: pytest.FixtureRequest, tmp_path: Path) -> XLoraModel:
+    """A model of either router that prefers some experts."""
+    if request.param == "classifier":
+        return tiny_xlora(tmp_path / "experts", n_adapters=2)
+    return gated(tmp_path / "experts")
+
+
+def gated(folder: Path) -> XLoraModel:
+    config = XLoraConfig(adapters=write_experts(folder, n_adapters=2), router="per_layer")
+    model = XLoraModel.from_base(tiny_base(), config)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.gates.parameters():
+            parameter.normal_(0, 0.3)
+    return model.eval()
+
+
+def whole_folder(folder: Path) -> Path:
+    """Training and held-out rows of two domains."""
+    for split in ("train", "heldout"):
+        rows = [vars(row(f"{i}", "abc" * (1 + i % 3), domain)) for i in range(9) for domain in "01"]
+        write_rows(folder / f"{split}.jsonl", rows)
+    return folder
+
+
+def test_the_routed_model_alone_has_the_same_figures(
+    routed_model: XLoraModel, tmp_path: Path
+) -> None:
+    data = whole_folder(tmp_path / "rows")
+    record, alone = (
+        report.run_evaluation(routed_model, letter_tokenizer(), data=data, routed_only=only)
+        for only in (False, True)
+    )
+    assert "best_merge" in record["results"]["0"]["losses"]
+    assert set(alone) == set(record) - {"merge", "answers"}
+    for name, result in alone["results"].items():
+        losses = record["results"][name].pop("losses")
+        assert result.pop("losses") == {"routed": pytest.approx(losses["routed"], abs=1e-4)}
+        assert result == record["results"][name]
+        assert losses["routed"] not in (losses["uniform"], losses["base"])
+        result["losses"] = {"routed": losses["routed"]}
+    text = tables(alone)
+    assert "| domain | answer tokens | routed | mass on right |" in text
+    assert "best merge" not in text
+    assert "Every expert alone" not in text
+    assert "**" not in text
+
+
+def test_gates_are_measured_as_the_model_itself_runs(tmp_path: Path) -> None:
+    model = gated(tmp_path)
+    example = encode([row("a", "bcd", "0")], letter_tokenizer(), 60)
+    assert example is not None
+    losses = evaluate(model, {"0": [example]}, PAD)["0"].losses
+    ids, labels = torch.tensor([example.input_ids]), torch.tensor([example.labels])
+    assert losses["routed"] == pytest.approx(
+        model(input_ids=ids, labels=labels).loss.item(), abs=1e-4
+    )
+    base = tiny_base()(input_ids=ids, labels=labels).loss.item()
+    assert losses["base"] == pytest.approx(base, abs=1e-4)
+
+
+def test_the_best_merge_is_of_the_domains_alone_and_the_record_says_how(
+    model: XLoraModel, tmp_path: Path
+) -> None:
+    data = whole_folder(tmp_path / "rows")
+    settings = MergeFitSettings(rows_per_domain=5)
+    record = report.run_evaluation(
+        model, letter_tokenizer(), data=data, merge=settings, answers=None
+    )
+    merge = record["merge"]
+    assert merge["rows"] == 10
+    assert merge["settings"] == asdict(settings)
+    assert merge["loss"] <= merge["loss_at_half"] <= merge["uniform_loss"]
+    assert (
+        f"{merge['loss_at_half']:.3f} after half of the {merge['steps']} steps over all of them, "
+        f"{merge['loss']:.3f} at the end."
+    ) in tables(record)
+    cut = record | {"merge": merge | {"converged": False}}
+    assert "at the end, with no step left." in tables(cut)

@@ -14,6 +14,7 @@ _EXAMPLES = """\
   xlora eval --data rows/
   xlora eval --checkpoint my-xlora --data heldout.jsonl --rows 64 --out figures.json
   xlora eval --model path/to/base --checkpoint my-xlora --data rows/ --json
+  xlora eval --checkpoint my-xlora-per-layer --data rows/ --arms routed
 """
 
 
@@ -40,11 +41,19 @@ def add_command(commands: options.Commands) -> None:
         "--rows", type=int, default=16, metavar="N", help="rows of each domain (default: 16)"
     )
     parser.add_argument(
+        "--arms",
+        choices=("all", "routed"),
+        default="all",
+        help="routed: only X-LoRA's losses and routing, no answers; all else is the same under "
+        "every\nrouter over the same experts (default: all)",
+    )
+    parser.add_argument(
         "--merge-steps",
         type=int,
-        default=32,
+        default=16,
         metavar="N",
-        help="steps that fit the best merge; 0 leaves it out (default: 32)",
+        help="most steps that fit the best merge; it ends earlier where a step gains nothing; "
+        "0 leaves it out (default: 16)",
     )
     parser.add_argument(
         "--answers",
@@ -77,6 +86,8 @@ def _run(args: argparse.Namespace) -> int:
         value = getattr(args, option)
         if value < least:
             faults.append(f"--{option.replace('_', '-')} must be at least {least}, got {value}")
+    if args.arms == "routed" and args.answers_file is not None:
+        faults.append("--answers-file needs answers, and --arms routed has none")
     for option in ("out", "card", "answers_file"):
         path = getattr(args, option)
         if path is not None and not path.parent.is_dir():
@@ -104,6 +115,7 @@ def _run(args: argparse.Namespace) -> int:
         if args.answers
         else None,
         answers_file=args.answers_file,
+        routed_only=args.arms == "routed",
         command=public_command("xlora", args.argv),
         report=lambda line: print(line, file=sys.stderr, flush=True),
     )

@@ -53,6 +53,7 @@ def evaluate(
     pad_id: int,
     *,
     merge_weights: Sequence[float] | None = None,
+    routed_only: bool = False,
     rows: int = 4,
     report: Report = silent,
 ) -> dict[str, DomainResult]:
@@ -63,11 +64,13 @@ def evaluate(
         groups: Domain (or ``MIXED``) -> examples.
         pad_id: Token id to pad with.
         merge_weights: K scalings of the arm ``best_merge``; None leaves it out.
+        routed_only: Only the arm ``routed``: the others are the same under every router over
+            the same experts.
         rows: Rows of one forward call.
         report: Gets a line per group.
     """
     model.eval()
-    constants = _constant_arms(model, merge_weights)
+    constants = None if routed_only else _constant_arms(model, merge_weights)
     names = model.adapter_names
     results = {}
     for name, examples in groups.items():
@@ -78,7 +81,7 @@ def evaluate(
                 losses[arm] = losses.get(arm, 0.0) + loss
         means = {key: round(value, 4) for key, value in sums.means(names).items()}
         if sums.known < sums.tokens:  # a token without a right expert has no oracle
-            losses.pop("right")
+            losses.pop("right", None)
         results[name] = DomainResult(
             rows=len(examples),
             tokens=sums.tokens,
@@ -94,7 +97,8 @@ def evaluate(
 
 def _in_short(name: str, result: DomainResult) -> str:
     losses = result.losses
-    shown = ", ".join(f"{arm} {losses[arm]:.3f}" for arm in ("base", "uniform", "routed"))
+    arms = [arm for arm in ("base", "uniform", "routed") if arm in losses]
+    shown = ", ".join(f"{arm} {losses[arm]:.3f}" for arm in arms)
     leads = "" if result.right_top is None else f"; right expert leads {result.right_top:.0%}"
     return f"{name}: {result.tokens} tokens, {shown} nats a token{leads}"
 
@@ -110,9 +114,16 @@ def _constant_arms(model: XLoraModel, merge_weights: Sequence[float] | None) -> 
 
 
 def _add_batch(
-    model: XLoraModel, batch: Batch, constants: Mapping[str, Tensor], sums: RoutingSums
+    model: XLoraModel, batch: Batch, constants: Mapping[str, Tensor] | None, sums: RoutingSums
 ) -> dict[str, float]:
-    """Adds a batch's routing to the sums; returns each arm's loss summed over answer tokens."""
+    """Adds a batch's routing to the sums; returns each arm's loss summed over answer tokens.
+
+    Args:
+        model: The model.
+        batch: The rows.
+        constants: Arm -> scalings ``[K]``; None runs the routed model alone.
+        sums: Of the group.
+    """
     names = model.adapter_names
     batch = batch.to(model.device)
     columns = answer_columns(batch.labels)
@@ -127,20 +138,24 @@ def _add_batch(
     def loss_of(logits: Tensor) -> float:
         return float(column_losses(logits.to(model.device), batch.labels, columns).sum())
 
-    base_logits, routed_logits, router_logits = _base_and_routed(model, inputs)
-    losses = {"base": loss_of(base_logits)}
-    for arm, scalings in constants.items():
-        losses[arm] = loss_of(model.main_pass(scalings=scalings, **inputs).logits)
     # The scalings of a token write the next one, so a token's right expert is the next one's.
     indices = batch.domain_indices({name: k for k, name in enumerate(names)})
     right = indices.roll(-1, dims=1)
     right[:, -1] = NO_DOMAIN
-    experts = right[rows, writers].unique().tolist()
-    if len(experts) == 1 and experts[0] != NO_DOMAIN:
-        losses["right"] = losses[f"expert:{names[experts[0]]}"]
+    losses: dict[str, float] = {}
+    if constants is None:
+        routed_logits, router_logits = routed_call(model, **inputs)
     else:
-        oracle = _oracle(right, len(names))
-        losses["right"] = loss_of(model.main_pass(scalings=oracle, **inputs).logits)
+        base_logits, routed_logits, router_logits = _base_and_routed(model, inputs)
+        losses["base"] = loss_of(base_logits)
+        for arm, scalings in constants.items():
+            losses[arm] = loss_of(model.main_pass(scalings=scalings, **inputs).logits)
+        experts = right[rows, writers].unique().tolist()
+        if len(experts) == 1 and experts[0] != NO_DOMAIN:
+            losses["right"] = losses[f"expert:{names[experts[0]]}"]
+        else:
+            oracle = _oracle(right, len(names))
+            losses["right"] = loss_of(model.main_pass(scalings=oracle, **inputs).logits)
     losses["routed"] = loss_of(routed_logits)
     routed = model.route(router_logits).to(model.device)  # [B, T, L or 1, K]
     sums.add(routed[rows, writers], right[rows, writers])

@@ -38,18 +38,25 @@ def example_groups(
     *,
     rows_each: int,
     seed: int,
-    max_length: int = EVALUATION_LENGTH,
+    with_mixed: bool = True,
 ) -> dict[str, list[Example]]:
-    """Returns examples: ``rows_each`` of each domain, and as many that change domain.
+    """Returns examples of at most ``EVALUATION_LENGTH`` tokens, ``rows_each`` of each domain.
 
     A domain whose rows are all too long is left out.
+
+    Args:
+        rows: Domain -> its rows.
+        tokenizer: The base model's tokenizer.
+        rows_each: Most examples of each domain.
+        seed: Seed of the choice.
+        with_mixed: And as many that change domain, as ``MIXED``.
     """
     groups = {
-        domain: encode_rows(group, tokenizer, max_length, limit=rows_each, seed=seed)
+        domain: encode_rows(group, tokenizer, EVALUATION_LENGTH, limit=rows_each, seed=seed)
         for domain, group in rows.items()
     }
-    if len(rows) > 1:
-        groups[MIXED] = mixed_examples(rows, tokenizer, max_length, rows_each, seed=seed)
+    if with_mixed and len(rows) > 1:
+        groups[MIXED] = mixed_examples(rows, tokenizer, EVALUATION_LENGTH, rows_each, seed=seed)
     return {name: group for name, group in groups.items() if group}
 
 
@@ -76,6 +83,7 @@ def run_evaluation(
     merge: MergeFitSettings | None = MergeFitSettings(),  # noqa: B008 - frozen
     answers: AnswerSettings | None = AnswerSettings(),  # noqa: B008 - frozen
     answers_file: Path | None = None,
+    routed_only: bool = False,
     command: str = "",
     report: Report = silent,
 ) -> dict[str, Any]:
@@ -92,6 +100,8 @@ def run_evaluation(
         merge: How the best merge is fitted; None leaves it out.
         answers: Which answers are written and checked; None writes none.
         answers_file: JSON-lines file of the answers themselves.
+        routed_only: Only the losses and the routing of the routed model, whatever ``merge`` and
+            ``answers`` say: all else is the same under every router over the same experts.
         command: The command line, for the record.
         report: Gets a line now and then.
 
@@ -104,6 +114,8 @@ def run_evaluation(
     """
     if card is not None:
         check_card(card)
+    if routed_only:
+        merge = answers = None
     domains = model.adapter_names
     heldout = {domain: read_domain(data, domain, "heldout") for domain in domains}
     training = {
@@ -123,6 +135,7 @@ def run_evaluation(
         groups,
         pad_id(tokenizer),
         merge_weights=None if weights is None else list(weights.values()),
+        routed_only=routed_only,
         report=report,
     )
     record: dict[str, Any] = {
@@ -170,16 +183,12 @@ def _fitted_merge(
     """Returns the best merge, or None and why there is none."""
     domains = model.adapter_names
     groups = example_groups(
-        training,
-        tokenizer,
-        rows_each=settings.rows_per_group,
-        seed=0,
-        max_length=settings.max_length,
+        training, tokenizer, rows_each=settings.rows_per_domain, seed=0, with_mixed=False
     )
     missing = [domain for domain in domains if domain not in groups]
     if missing:
         return None, (
             "The best weighted merge is left out: it is fitted on training rows of at most "
-            f"{settings.max_length} tokens in a folder, and there are none of {', '.join(missing)}."
+            f"{EVALUATION_LENGTH} tokens in a folder, and there are none of {', '.join(missing)}."
         )
     return fit_merge(model, groups, pad_id(tokenizer), settings, report=report), ""

@@ -36,28 +36,55 @@ the domain.
 - {MIXED}: rows that change domain midway; not in the mean"""
 _EXPERTS = "Every expert alone, nats a token; bold where a domain's own expert is the best of them."
 _NOTHING = "-"
+_EXPERT = "expert:"  # before the expert's name, in the name of its arm
 
 
 def tables(record: Mapping[str, Any]) -> str:
     """Returns all tables of a record (as read from the JSON file), with what they mean."""
-    parts = [
-        _LOSSES,
-        table(record["results"]),
-        _EXPERTS,
-        expert_table(record["results"]),
-    ]
+    results = record["results"]
+    parts = [_legend(results), table(results)]
+    if _experts(results):
+        parts += [_EXPERTS, expert_table(results)]
     merge = record.get("merge")
     if merge:
-        parts += [
-            f"Weights of the best merge, fitted on {merge['rows']} training rows.",
-            merge_table(merge["weights"]),
-        ]
+        parts += [_merge_text(merge), merge_table(merge["weights"])]
     answers = record.get("answers")
     if answers and answers["checks"]:
         parts.append(answer_section(answers, _ARMS))
     parts += record.get("notes", [])
     parts.append(_made_by(record))
     return "\n\n".join(parts)
+
+
+def _arms(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the arms that some domain has; among several always ``right``, if only as a dash."""
+    there = {arm for result in results.values() for arm in result["losses"]}
+    return [arm for arm in _ARMS if arm in there or (arm == "right" and "base" in there)]
+
+
+def _experts(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Returns the arms of the experts alone; none of a record of the routed model."""
+    return [arm for arm in next(iter(results.values()))["losses"] if arm.startswith(_EXPERT)]
+
+
+def _legend(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Returns what the columns of the losses mean, those that there are."""
+    shown = _arms(results)
+    absent = tuple(f"- {column}:" for arm, column in _ARMS.items() if arm not in shown)
+    return "\n".join(line for line in _LOSSES.splitlines() if not line.startswith(absent))
+
+
+def _merge_text(merge: Mapping[str, Any]) -> str:
+    """Returns how the best merge was fitted; earlier records do not know its losses."""
+    if "loss_at_half" not in merge:
+        return f"Weights of the best merge, fitted on {merge['rows']} training rows."
+    ended = "" if merge["converged"] else ", with no step left"
+    return (
+        f"Weights of the best merge, fitted to the mean of domains of {merge['rows']} training "
+        f"rows ({merge['tokens']} answer\ntokens): {merge['uniform_loss']:.3f} as the uniform "
+        f"merge, {merge['loss_at_half']:.3f} after half of the {merge['steps']} steps over all of "
+        f"them, {merge['loss']:.3f} at the end{ended}."
+    )
 
 
 def table(results: Mapping[str, Mapping[str, Any]]) -> str:
@@ -67,7 +94,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
     oracle, that does. The mean leaves ``MIXED`` out.
     """
     means = mean_losses(results)
-    arms = [arm for arm in _ARMS if arm in next(iter(results.values()))["losses"] or arm == "right"]
+    arms = _arms(results)
     header = ["domain", "answer tokens", *(_ARMS[arm] for arm in arms)]
     header += ["mass on right", "right is strongest", "router entropy"]
     lines = []
@@ -83,8 +110,7 @@ def table(results: Mapping[str, Mapping[str, Any]]) -> str:
 def expert_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Returns each expert's loss alone, in every domain; an own expert that is the best is bold."""
     means = mean_losses(results)
-    prefix = "expert:"
-    experts = [arm for arm in next(iter(results.values()))["losses"] if arm.startswith(prefix)]
+    experts = _experts(results)
     lines = []
     of_lines = {name: result["losses"] for name, result in results.items()}
     for name, losses in {**of_lines, _MEAN: means}.items():
@@ -93,12 +119,12 @@ def expert_table(results: Mapping[str, Mapping[str, Any]]) -> str:
             [name]
             + [
                 f"**{losses[arm]:.2f}**"
-                if arm == prefix + name and losses[arm] == best
+                if arm == _EXPERT + name and losses[arm] == best
                 else f"{losses[arm]:.2f}"
                 for arm in experts
             ]
         )
-    return markdown(["domain", *(arm.removeprefix(prefix) for arm in experts)], lines)
+    return markdown(["domain", *(arm.removeprefix(_EXPERT) for arm in experts)], lines)
 
 
 def merge_table(weights: Mapping[str, float]) -> str:
@@ -108,11 +134,11 @@ def merge_table(weights: Mapping[str, float]) -> str:
 
 
 def _losses(losses: Mapping[str, float], arms: Sequence[str]) -> list[str]:
-    lowest = min(losses[arm] for arm in arms if arm in losses and arm != "right")
+    compared = [losses[arm] for arm in arms if arm in losses and arm != "right"]
     cells = []
     for arm in arms:
         text = _figure(losses.get(arm), ".3f")
-        bold = arm != "right" and losses.get(arm) == lowest
+        bold = len(compared) > 1 and arm != "right" and losses.get(arm) == min(compared)
         cells.append(f"**{text}**" if bold else text)
     return cells
 
