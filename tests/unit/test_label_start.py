@@ -118,6 +118,18 @@ def test_a_deeper_classifier_repeats_by_seed_with_its_dropout(adapters: dict[str
     assert runs[0][1] != runs[2][1]
 
 
+def test_smoothing_leaves_a_share_of_the_mixture_open(adapters: dict[str, str]) -> None:
+    mass = {}
+    for smoothing in (0.0, 0.3):
+        model = fresh_model(tiny_base(), adapters, START)
+        settings = replace(START, label_start_smoothing=smoothing)
+        start_from_labels(model, PAD, mixture(), settings)
+        mass[smoothing] = routing(model, mixture())["right_mass"]
+    assert mass[0.0] > 0.95
+    # Each of three experts has a third of the smoothed share, the right one the rest besides.
+    assert mass[0.3] == pytest.approx(0.8, abs=0.04)
+
+
 def test_it_reads_what_the_classifier_reads_one_token_ahead(model: XLoraModel) -> None:
     example = encode([row("abc", "xy", "1")], letter_tokenizer(), 60)
     assert example is not None
@@ -228,8 +240,19 @@ def test_bad_numbers_are_refused(rows: Any) -> None:
 
 @pytest.mark.parametrize("steps", [0, 2.5])
 @pytest.mark.parametrize("rate", [0, float("nan")])
-def test_bad_settings_of_the_start_are_refused_together(steps: Any, rate: Any) -> None:
+@pytest.mark.parametrize("smoothing", [-0.1, 1])
+def test_bad_settings_of_the_start_are_refused_together(
+    steps: Any, rate: Any, smoothing: Any
+) -> None:
     with pytest.raises(ConfigError) as refused:
-        replace(ROUTER, label_start_steps=steps, label_start_learning_rate=rate)
+        replace(
+            ROUTER,
+            label_start_steps=steps,
+            label_start_learning_rate=rate,
+            label_start_smoothing=smoothing,
+            global_scaling_weight=float("inf"),
+        )
+    assert "label_start_smoothing must be in [0, 1)" in str(refused.value)
+    assert "global_scaling_weight must be finite, got inf" in str(refused.value)
     assert "label_start_steps must be a whole number >= 1" in str(refused.value)
     assert "label_start_learning_rate must be None or finite and > 0" in str(refused.value)

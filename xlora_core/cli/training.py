@@ -72,6 +72,8 @@ _HELP = {
     "label_start_rows": "rows from whose labels a classifier learns alone at first; cheap",
     "label_start_steps": "its optimiser steps",
     "label_start_learning_rate": "its learning rate (default: as --learning-rate)",
+    "label_start_smoothing": "share of each label that all experts divide",
+    "global_scaling_weight": "factor of all scalings; above 1 an expert can be stronger than alone",
     "router": "one classifier behind a scaling pass, or a gate in every module",
     "depth": "linear layers of the classifier",
     "size": "width of its hidden layers",

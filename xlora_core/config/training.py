@@ -108,6 +108,10 @@ class RouterTrainConfig(TrainConfig):
         label_start_steps: Optimiser steps of that; they are cheap, for only the classifier runs.
         label_start_learning_rate: AdamW's at its first step, with a cosine decay to 0; None is
             ``learning_rate``.
+        label_start_smoothing: Share of each label that all experts divide, in [0, 1): a softmax
+            that is almost sure of one expert passes hardly any gradient on to the mixture.
+        global_scaling_weight: g, as in ``XLoraConfig``; above 1 a router can make an expert
+            stronger than it is alone.
         router: ``"classifier"`` or ``"per_layer"``, as in ``XLoraConfig``.
         depth: Linear layers of the classifier.
         size: Width of its hidden layers, unused at depth 1.
@@ -127,6 +131,8 @@ class RouterTrainConfig(TrainConfig):
     label_start_rows: int = 0
     label_start_steps: int = 300
     label_start_learning_rate: float | None = None
+    label_start_smoothing: float = 0.0
+    global_scaling_weight: float = 1.0
     router: str = "classifier"
     depth: int = 1
     size: int = 2048
@@ -151,6 +157,13 @@ class RouterTrainConfig(TrainConfig):
         rate = self.label_start_learning_rate
         if rate is not None and (not is_finite(rate) or rate <= 0):
             faults.append(f"label_start_learning_rate must be None or finite and > 0, got {rate!r}")
+        smoothing = self.label_start_smoothing
+        if not is_finite(smoothing) or not 0 <= smoothing < 1:
+            faults.append(f"label_start_smoothing must be in [0, 1), got {smoothing!r}")
+        if not is_finite(self.global_scaling_weight):
+            faults.append(
+                f"global_scaling_weight must be finite, got {self.global_scaling_weight!r}"
+            )
         return faults
 
 

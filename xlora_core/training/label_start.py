@@ -72,7 +72,8 @@ def start_from_labels(
     for step in range(1, steps + 1):
         tokens = next(draws).to(targets.device)
         router_logits = model.classifier(hidden[tokens])  # [N, L or 1, K]
-        of_tokens = label_losses(soft_scalings(router_logits, model.config_xlora), targets[tokens])
+        scalings = soft_scalings(router_logits, model.config_xlora)
+        of_tokens = label_losses(scalings, targets[tokens], settings.label_start_smoothing)
         loss = (of_tokens * weights[tokens]).sum() / weights[tokens].sum()
         optimizer.zero_grad()
         loss.backward()

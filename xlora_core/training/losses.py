@@ -130,7 +130,7 @@ def balance_loss(scalings: Tensor) -> Tensor:
     return uneven.mean()
 
 
-def label_losses(scalings: Tensor, targets: Tensor) -> Tensor:
+def label_losses(scalings: Tensor, targets: Tensor, smoothing: float = 0.0) -> Tensor:
     """Returns the cross-entropy of each token's mean log-scalings to its labelled adapter.
 
     The mean over modules leaves a single module free: together they shall vote for the label.
@@ -139,6 +139,7 @@ def label_losses(scalings: Tensor, targets: Tensor) -> Tensor:
         scalings: ``[N, L, K]``, > 0.
         targets: Index of the labelled adapter, int64 ``[N]``; where there is none, below 0 or
             K and more, the loss is 0.
+        smoothing: Share of each label that all adapters divide.
 
     Returns:
         ``[N]``, nats.
@@ -147,5 +148,9 @@ def label_losses(scalings: Tensor, targets: Tensor) -> Tensor:
     votes = scalings.clamp_min(torch.finfo(scalings.dtype).tiny).log().mean(dim=1)  # [N, K]
     known = (targets >= 0) & (targets < n_adapters)
     return F.cross_entropy(
-        votes, targets.where(known, IGNORE), reduction="none", ignore_index=IGNORE
+        votes,
+        targets.where(known, IGNORE),
+        reduction="none",
+        ignore_index=IGNORE,
+        label_smoothing=smoothing,
     )

@@ -227,6 +227,7 @@ def fresh_model(base: Any, adapters: Mapping[str, str], settings: RouterTrainCon
         layerwise_scalings=settings.layerwise,
         xlora_depth=settings.depth,
         xlora_size=settings.size,
+        global_scaling_weight=settings.global_scaling_weight,
         use_trainable_adapters=settings.train_adapters,
         router=settings.router,
     )
