@@ -16,7 +16,7 @@ _ENDINGS = {
 }
 _HITS = (
     "**Prefetch hits.** While the model reads one token, it already works out the adapters' "
-    "scalings for the next one, on a guess of what that will be: the base model's own favourite. "
+    "scalings for the next one, on a guess of what that will be. "
     "A right guess is a hit, and the token costs one run over the model's weights instead of two. "
     "A wrong one is thrown away and worked out again. The text is the same either way; hits only "
     "make it faster."

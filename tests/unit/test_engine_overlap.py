@@ -4,29 +4,51 @@ from __future__ import annotations
 
 import pytest
 
-from xlora_core.engine.overlap import Overlap
+from xlora_core.engine.overlap import Guessing, Overlap
 
 MANY = 500  # as many observations as outweigh what was assumed before
 
 
-def overlap_of(hit_rate: float, seconds: dict[int, float], n_siblings: int = 1) -> Overlap:
-    """Returns an automatic choice that has seen guesses of this worth and steps of this length."""
-    overlap = Overlap("auto", n_siblings)
-    due = 0.0
-    for _ in range(MANY):
-        due += hit_rate
-        hit = due >= 1
-        due -= hit
-        overlap.guessed(hit=hit)
+def overlap_of(
+    hit_rate: float, seconds: dict[int, float], n_siblings: int = 1, *, draft: float | None = None
+) -> Overlap:
+    """Returns an automatic choice that has seen guesses of this worth and steps of this length.
+
+    Args:
+        hit_rate: Of the base model's guesses.
+        seconds: Tokens of a step -> what it takes.
+        n_siblings: Guesses for the same place.
+        draft: Hit rate of drafts; None for a choice without them.
+    """
+    overlap = Overlap("auto", n_siblings, drafts=draft is not None)
+    see(overlap, hit_rate)
+    if draft is not None:
+        see(overlap, draft, drafted=True)
     for n_tokens, taken in seconds.items():
         for _ in range(MANY):
             overlap.took(n_tokens, taken)
     return overlap
 
 
-def test_it_guesses_before_anything_is_known() -> None:
-    assert Overlap("auto").guesses(1) == 1
-    assert Overlap("auto", 3).guesses(2) == 3
+def see(overlap: Overlap, hit_rate: float, *, drafted: bool = False) -> None:
+    """Shows a choice many guesses, of which this share is right."""
+    due = 0.0
+    for _ in range(MANY):
+        due += hit_rate
+        hit = due >= 1
+        due -= hit
+        overlap.guessed(hit=hit, drafted=drafted)
+
+
+def test_every_way_to_guess_is_tried_before_one_is_chosen() -> None:
+    overlap = Overlap("auto", 3)
+    assert overlap.choose(2) == Guessing(n=3)
+    for _ in range(3):
+        overlap.took(8, 1.0)
+    assert overlap.choose(2) == Guessing(n=3, drafts=True)
+    for _ in range(3):
+        overlap.took(10, 1.0)
+    assert overlap.choose(2) == Guessing(n=3, drafts=True)  # what drafts are taken to be worth
 
 
 def test_on_and_off_do_not_ask_what_it_costs() -> None:
@@ -35,8 +57,9 @@ def test_on_and_off_do_not_ask_what_it_costs() -> None:
     for overlap in (on, off):
         for n_tokens, seconds in never_right.items():
             overlap.took(n_tokens, seconds)
-    assert on.guesses(1) == 2
-    assert off.guesses(1) == 0
+    assert on.choose(1) == Guessing(n=2, drafts=True)
+    assert Overlap("on", drafts=False).choose(1) == Guessing(n=1)
+    assert off.choose(1).n == 0
 
 
 @pytest.mark.parametrize(
@@ -55,32 +78,57 @@ def test_it_pays_while_a_hit_saves_more_than_the_rows_cost(
 ) -> None:
     # Without guesses a token takes 2; with them cost, and 1 more for every wrong one.
     assert (cost + 1 - hit_rate < 2) == pays
-    assert overlap_of(hit_rate, {1: 1.0, 2: cost}).guesses(1) == int(pays)
+    assert overlap_of(hit_rate, {1: 1.0, 2: cost}).choose(1).n == int(pays)
+
+
+@pytest.mark.parametrize(
+    ("hit_rate", "draft", "cost", "drafts"),
+    [
+        (0.6, 0.95, 1.2, True),
+        (0.6, 0.95, 1.5, False),
+        (0.9, 0.95, 1.2, False),
+        (0.9, 0.95, 1.0, True),
+    ],
+)
+def test_a_draft_pays_while_it_saves_more_than_its_row_costs(
+    hit_rate: float, draft: float, cost: float, drafts: bool
+) -> None:
+    # A wrong guess costs a step of one row, after a draft one of two, since it drafts anew.
+    assert (cost + (1 - draft) * 1.0 < 1.0 + (1 - hit_rate) * 0.9) == drafts
+    overlap = overlap_of(hit_rate, {1: 0.9, 2: 1.0, 3: cost}, draft=draft)
+    assert overlap.choose(1) == Guessing(n=1, drafts=drafts)
+
+
+def test_other_ways_are_tried_again_now_and_then() -> None:
+    overlap = overlap_of(0.6, {1: 1.0, 2: 1.1, 3: 3.0}, draft=0.95)
+    chosen = [overlap.choose(1) for _ in range(200)]
+    assert chosen.count(Guessing(n=1, drafts=True)) == 3
+    assert chosen.count(Guessing(n=1)) == 197
 
 
 def test_the_number_of_arms_decides_which_steps_are_compared() -> None:
     """Rows that are free for one request may not be for eight."""
     overlap = overlap_of(0.75, {1: 1.0, 2: 1.1, 8: 2.0, 16: 4.0})
-    assert overlap.guesses(1) == 1
-    assert overlap.guesses(8) == 0
+    assert overlap.choose(1).n == 1
+    assert overlap.choose(8).n == 0
 
 
 def test_siblings_are_more_rows() -> None:
     seconds = {1: 1.0, 2: 1.1, 4: 2.0}
-    assert overlap_of(0.75, seconds).guesses(1) == 1
-    assert overlap_of(0.75, seconds, n_siblings=3).guesses(1) == 0
+    assert overlap_of(0.75, seconds).choose(1).n == 1
+    assert overlap_of(0.75, seconds, n_siblings=3).choose(1).n == 0
 
 
 def test_steps_of_quite_another_size_say_nothing() -> None:
-    assert overlap_of(0.1, {1: 1.0, 64: 100.0}).guesses(1) == 1
+    assert overlap_of(0.1, {1: 1.0, 64: 100.0}).choose(1).n == 1
 
 
 def test_it_changes_its_mind_when_guesses_get_better() -> None:
     overlap = overlap_of(0.2, {1: 1.0, 2: 1.5})
-    assert overlap.guesses(1) == 0
+    assert overlap.choose(1).n == 0
     for _ in range(MANY):
         overlap.guessed(hit=True)
-    assert overlap.guesses(1) == 1
+    assert overlap.choose(1).n == 1
 
 
 def test_one_slow_step_decides_nothing() -> None:
@@ -91,14 +139,14 @@ def test_one_slow_step_decides_nothing() -> None:
         overlap.took(1, 1.0)
         overlap.took(2, 1.1)
     overlap.took(2, 50.0)
-    assert overlap.guesses(1) == 1
+    assert overlap.choose(1).n == 1
 
 
 def test_where_it_did_not_pay_it_is_tried_again_now_and_then() -> None:
     """Without guesses there are no steps of twice the rows, and nothing to learn that from."""
     overlap = overlap_of(0.75, {1: 1.0, 2: 10.0})
-    tried = [overlap.guesses(1) for _ in range(200)]
+    tried = [overlap.choose(1).n for _ in range(200)]
     assert sum(tried) == 3
     for _ in range(8):
         overlap.took(2, 1.1)  # whatever kept the machine busy is gone
-    assert overlap.guesses(1) == 1
+    assert overlap.choose(1).n == 1

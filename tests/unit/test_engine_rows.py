@@ -73,7 +73,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> XLoraModel:
 def reader(model: XLoraModel, monkeypatch: pytest.MonkeyPatch) -> Steps:
     """What every engine of a test reads rows with: each alone, so that none can be mixed up."""
     reader = Steps(model)
-    monkeypatch.setattr(opening, "open_rows", lambda _: reader)
+    monkeypatch.setattr(opening, "open_rows", lambda *_, **__: reader)
     return reader
 
 
@@ -134,7 +134,7 @@ def test_under_other_configs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, object], overlap: str
 ) -> None:
     model = tiny_chat_xlora(tmp_path, **config).double()
-    monkeypatch.setattr(opening, "open_rows", Steps)
+    monkeypatch.setattr(opening, "open_rows", lambda model, **_: Steps(model))
     with Engine(model, TOKENIZER, overlap=overlap) as engine:  # type: ignore[arg-type]  # a mode
         run = engine.run(PROMPT, ARMS, GREEDY)
     assert_same(run, in_turn(model, ARMS, GREEDY))
@@ -155,7 +155,7 @@ def test_the_shortest_answers(model: XLoraModel, engine: Engine, n_new: int) -> 
 def test_an_answer_ends_at_the_stop_token_and_where_the_context_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "open_rows", Steps)
+    monkeypatch.setattr(opening, "open_rows", lambda model, **_: Steps(model))
     model = tiny_chat_xlora(tmp_path, context_length=N_PROMPT + 4).double()
     with Engine(model, TOKENIZER) as engine:
         run = engine.run(PROMPT, ARMS, GREEDY)
@@ -218,6 +218,30 @@ def test_a_right_guess_saves_a_run_over_the_weights(model: XLoraModel, reader: S
     # Prompt: scaling pass, main pass. Then a run per token but the first, or two; without
     # guesses the last token's routing takes one more.
     assert n_runs == {"on": 2 + N_NEW - 1, "off": 2 + 2 * (N_NEW - 1) + 1}
+
+
+def test_a_draft_is_right_where_scalings_stay_the_same(model: XLoraModel, reader: Steps) -> None:
+    """Only the first guess, which the base model makes alone, may be wrong."""
+    arm = Arm.routed(RoutingKnobs(temperature=1e9))
+    with Engine(model, TOKENIZER, overlap="on") as engine:
+        track = engine.run(PROMPT, [arm], GREEDY).tracks[0]
+    assert track.n_guessed == N_NEW
+    assert track.n_hit >= N_NEW - 1
+    # In a step its own row reads its token and the draft; what is read again is a token of each.
+    assert {tuple(segment.n for segment in batch.segments) for batch in reader.batches} <= {
+        (N_PROMPT,),
+        (N_PROMPT, 1),
+        (2, 1),
+        (1, 1),
+        (1,),
+    }
+
+
+def test_steps_that_are_recorded_have_no_drafts(model: XLoraModel, reader: Steps) -> None:
+    reader.records_single_tokens = True
+    with Engine(model, TOKENIZER, overlap="on") as engine:
+        engine.run(PROMPT, sampling=GREEDY)
+    assert {segment.n for batch in reader.batches for segment in batch.segments} == {N_PROMPT, 1}
 
 
 def test_more_guesses_are_right_more_often(model: XLoraModel, reader: Steps) -> None:
@@ -453,7 +477,7 @@ def test_knobs_act_on_the_scaling_pass_that_ran_with_them(
     """Of another constant than 0: a token's knobs are those that its scaling pass ran with."""
     model = tiny_chat_xlora(tmp_path, scaling_pass_value=0.5).double()
     reader = Steps(model)
-    monkeypatch.setattr(opening, "open_rows", lambda _: reader)
+    monkeypatch.setattr(opening, "open_rows", lambda *_, **__: reader)
     weights = iter(0.5 + 0.25 * i for i in range(1000))
     with Engine(model, TOKENIZER, overlap=overlap) as engine:  # type: ignore[arg-type]  # a mode
         handles: list[RequestHandle] = []

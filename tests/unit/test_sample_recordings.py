@@ -239,7 +239,7 @@ def test_a_second_run_is_the_same_but_for_the_time(
 def test_a_model_that_cannot_share_steps_is_recorded_in_turns(
     model: XLoraModel, listed: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening, "open_rows", lambda _: None)
+    monkeypatch.setattr(opening, "open_rows", lambda *_, **__: None)
     (recording,) = read_recordings(listed(TURNED))
     run = Stage(model, tiny_tokenizer(), model_id="tiny").record(recording)
     n_prompt = run.tracks[0].n_prompt

@@ -14,6 +14,7 @@ from xlora_core.config import Arm, EngineLimits, SamplingParams
 from xlora_core.config.checks import is_finite, is_int, raise_if
 from xlora_core.engine.admission import MemoryBudget
 from xlora_core.engine.faults import closed_error
+from xlora_core.engine.free_memory import has_room_for_copy
 from xlora_core.engine.handle import EventStream, RequestHandle
 from xlora_core.engine.identity import ModelIdentity
 from xlora_core.engine.overlap import OVERLAP_MODES, Overlap, OverlapMode
@@ -115,10 +116,9 @@ class Engine:
         self._vocab_size = int(model.get_input_embeddings().weight.shape[0])
         self._stop_ids = stop_token_ids(model, tokenizer)
         self._identity = ModelIdentity(model, model_id)
-        self._overlap = Overlap(overlap, n_guesses)
         self._threads = StepThreads.of(model)
         self._scheduler = Scheduler(
-            self._runner(batched=batched),
+            self._runner(overlap, n_guesses, batched=batched),
             tokenizer,
             stop_ids=self._stop_ids,
             context_length=self._context_length,
@@ -339,13 +339,15 @@ class Engine:
         for position, (request, seconds) in enumerate(told, start=1):
             request.announce_position(position, seconds)
 
-    def _runner(self, *, batched: bool) -> Runner:
+    def _runner(self, mode: OverlapMode, n_guesses: int, *, batched: bool) -> Runner:
         with self._threads.running():  # whether a reader is right is tried with steps
-            reader = opening.open_rows(self._model) if batched else None
+            packed = has_room_for_copy(self._model)
+            reader = opening.open_rows(self._model, packed=packed) if batched else None
         if reader is None:
             return TurnRunner(self._model)
         keeps_cache = self._model.device.type == "cuda"
-        return RowRunner(self._model, reader, self._overlap, keeps_cache=keeps_cache)
+        overlap = Overlap(mode, n_guesses, drafts=not reader.records_single_tokens)
+        return RowRunner(self._model, reader, overlap, keeps_cache=keeps_cache)
 
     def _live(self) -> None:
         """The engine thread: nobody but it runs the model."""

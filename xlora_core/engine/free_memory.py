@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 
 import psutil
 import torch
+from torch import nn
 
 _ROOT = Path("/")
 
@@ -21,6 +22,12 @@ def free_bytes(device: torch.device) -> int:
         kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return int(free + kept)
     return min(int(psutil.virtual_memory().available), *container_free_bytes())
+
+
+def has_room_for_copy(model: nn.Module) -> bool:
+    """Whether a model's parameters fit twice into the machine's free memory."""
+    n_bytes = sum(parameter.nbytes for parameter in model.parameters())
+    return 2 * n_bytes <= free_bytes(torch.device("cpu"))
 
 
 def container_free_bytes(root: Path = _ROOT) -> list[int]:

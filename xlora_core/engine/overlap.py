@@ -2,70 +2,116 @@
 
 The scaling pass of a token can share the weights' one read with the main pass of the token before
 it, if it is known which token that will be. The base model's own next token is a guess that costs
-nothing. A wrong guess is read for nothing, and the scaling pass runs again.
+nothing. A better one costs a row: the arm reads the guess, too, with the scalings of the token
+before, since its own are not known yet. They change little from token to token, so such a draft
+nearly always tells what the arm will write. A wrong guess is read for nothing, and the scaling
+pass runs again.
 """
 
 from __future__ import annotations
 
+import math
 from collections import deque
+from dataclasses import dataclass
 from typing import Literal
 
 OverlapMode = Literal["auto", "on", "off"]
 OVERLAP_MODES = ("auto", "on", "off")
 
-# What base and mixture were found to agree on; measurements soon take its place.
-_FIRST_HIT_RATE = 0.8
+# What was found of guesses by the base model, and of drafts; measurements soon take its place.
+_FIRST_HIT_RATES = {False: 0.8, True: 0.9}
 _HIT_WEIGHT = 1 / 64
 # Steps of one size that are remembered; the quietest counts, since other work only adds time. Fewer
 # than three say nothing: the first ones are slow.
 _N_REMEMBERED = 8
 _FEWEST = 3
-# Steps without guesses after which one guesses again, to see whether it still does not pay.
+# Steps after which a way that does not pay is tried once, to see whether it still does not.
 _PAUSE = 64
 
 
-class Overlap:
-    """Decides, from what steps took and guesses were worth, whether to guess.
+@dataclass(frozen=True, kw_only=True)
+class Guessing:
+    """What a routed arm reads ahead in a step.
 
-    Without guesses a token takes two runs over the weights. With them it takes one that is c times
-    as dear for its further rows, and after a wrong guess, in ``1 - a`` of all cases, one more for
-    the scaling pass alone. So guessing pays for a hit rate ``a > c - 1``.
+    Attributes:
+        n: Guesses of the next token that its scaling row reads; 0 for none.
+        drafts: Whether its own row reads the best of them, too.
+    """
+
+    n: int
+    drafts: bool = False
+
+    def n_tokens(self, n_arms: int) -> int:
+        """Returns the tokens of a step of so many arms."""
+        return n_arms * (1 + self.n + self.drafts)
+
+
+NO_GUESSES = Guessing(n=0)
+
+
+class Overlap:
+    """Decides, from what steps took and guesses were worth, whether and how to guess.
+
+    Without guesses a token takes two runs over the weights. With them it takes one, dearer for its
+    further rows, and after a wrong guess one more for the scaling pass alone.
 
     Args:
         mode: ``"on"`` and ``"off"`` decide it once and for all.
         n_siblings: Guesses for the same place, >= 1.
+        drafts: Whether guesses may be drafts.
     """
 
-    def __init__(self, mode: OverlapMode = "auto", n_siblings: int = 1) -> None:
+    def __init__(
+        self, mode: OverlapMode = "auto", n_siblings: int = 1, *, drafts: bool = True
+    ) -> None:
         self.mode = mode
         self.n_siblings = n_siblings
-        self._hit_rate = _FIRST_HIT_RATE
+        self._guessing = [Guessing(n=n_siblings)]
+        if drafts:
+            self._guessing.append(Guessing(n=n_siblings, drafts=True))
+        self._hit_rates = dict(_FIRST_HIT_RATES)
         self._seconds: dict[int, deque[float]] = {}
-        self._n_without = 0
+        self._n_steps = 0
 
-    def guesses(self, n_arms: int) -> int:
-        """Returns how many guesses each of n routed arms had better read; 0 for none."""
+    def choose(self, n_arms: int) -> Guessing:
+        """Returns what each of n routed arms had better read ahead."""
         if self.mode == "off":
-            return 0
-        if self.mode == "auto" and not self._pays(n_arms):
-            self._n_without += 1
-            if self._n_without % _PAUSE:
-                return 0
-        return self.n_siblings
+            return NO_GUESSES
+        if self.mode == "on":
+            return self._guessing[-1]
+        for way in self._guessing:
+            if self._cost(way.n_tokens(n_arms)) is None:
+                return way
+        best = min([*self._guessing, NO_GUESSES], key=lambda way: self._expected(way, n_arms))
+        others = [way for way in self._guessing if way != best]
+        self._n_steps += 1
+        if others and self._n_steps % _PAUSE == 0:
+            return others[self._n_steps // _PAUSE % len(others)]
+        return best
 
-    def guessed(self, *, hit: bool) -> None:
-        """Notes whether a guess was right, or would have been."""
-        self._hit_rate += _HIT_WEIGHT * (hit - self._hit_rate)
+    def guessed(self, *, hit: bool, drafted: bool = False) -> None:
+        """Notes whether a guess was right, or would have been, and whether a draft told it."""
+        self._hit_rates[drafted] += _HIT_WEIGHT * (hit - self._hit_rates[drafted])
 
     def took(self, n_tokens: int, seconds: float) -> None:
         """Notes what a decode step over n tokens took."""
         self._seconds.setdefault(n_tokens, deque(maxlen=_N_REMEMBERED)).append(seconds)
 
-    def _pays(self, n_arms: int) -> bool:
-        alone, together = self._cost(n_arms), self._cost((1 + self.n_siblings) * n_arms)
-        if alone is None or together is None:
-            return True
-        return self._hit_rate > together / alone - 1
+    def _expected(self, way: Guessing, n_arms: int) -> float:
+        """Returns the seconds that a token takes."""
+        alone = self._cost_at_most(n_arms * (1 + way.drafts))
+        if not way.n:
+            return 2 * alone
+        together = self._cost_at_most(way.n_tokens(n_arms))
+        return together + (1 - self._hit_rates[way.drafts]) * alone
+
+    def _cost_at_most(self, n_tokens: int) -> float:
+        """Returns the seconds of such a step, or of the smallest larger one that is known."""
+        cost = self._cost(n_tokens)
+        if cost is None:
+            larger = [n for n, of in self._seconds.items() if n > n_tokens and len(of) >= _FEWEST]
+            cost = min(self._seconds[min(larger)]) if larger else math.inf
+        return cost
 
     def _cost(self, n_tokens: int) -> float | None:
         """Returns the seconds of a step of nearly so many tokens; None if too few are known."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from xlora_core.config import RoutingKnobs
+from xlora_core.engine.overlap import Overlap
 from xlora_core.engine.row_step import RowRead, RowResult
 from xlora_core.engine.runner import check_router_logits
 from xlora_core.engine.tracks import ArmTrack
@@ -27,11 +28,14 @@ class Ahead:
         lm_logits: ``[V]``, the language model's logits of the scaling pass after that token; None
             if nobody wanted them.
         knobs: What the scaling pass ran with.
+        draft_logits: ``[V]``, what the arm's own logits after that token would be with the scalings
+            of the token before; None if it was not read so.
     """
 
     router_logits: Tensor
     lm_logits: Tensor | None
     knobs: RoutingKnobs
+    draft_logits: Tensor | None = None
 
 
 class RowArm:
@@ -72,7 +76,9 @@ class RowArm:
         self._wants_base_logits = with_base_logprob and track.arm.kind == "base"
         self._may_guess = guesses
         self._knobs = self._scaling_knobs = track.knobs  # of the reads that run
+        self._scalings: Tensor | None = None  # [1, L or 1, K], of the last token it has read
         self._guessed: list[int] = []  # for the token after the unread one, best first
+        self._is_drafted = False  # whether a draft told them
 
     @property
     def rows(self) -> list[int]:
@@ -134,6 +140,7 @@ class RowArm:
         if router_logits is not None and self.ahead is not None:
             self._knobs = self._knobs_of(self.ahead)
             scalings = self._model.route(router_logits[None], self._knobs)[0]
+            self._scalings = scalings[-1:]
         return RowRead(
             segment=Segment(row=self.row, start=start, n=len(token_ids)),
             token_ids=token_ids,
@@ -141,10 +148,33 @@ class RowArm:
             n_logits=n_logits,
         )
 
-    def token_read(self, start: int, token_id: int) -> RowRead:
-        """Returns the arm's own pass over its unread token."""
+    def token_read(self, start: int, token_id: int, *, drafts: bool = False) -> RowRead:
+        """Returns the arm's own pass over its unread token.
+
+        Args:
+            start: Its position.
+            token_id: The token.
+            drafts: Whether it reads the best guess of the next token, too, as if that had the same
+                scalings. When the arm reads the token that it has written by then, it writes over
+                what that left in its row.
+        """
         router_logits = None if self.ahead is None else self.ahead.router_logits
-        return self.main_read(start, [token_id], router_logits, n_logits=1)
+        token_ids = [token_id, *(self._guessed[:1] if drafts else [])]
+        return self.main_read(start, token_ids, router_logits, n_logits=len(token_ids))
+
+    def draft_read(self, start: int, token_id: int) -> RowRead | None:
+        """Returns the arm's own pass over its unread token with the scalings of the one before.
+
+        None where nothing is guessed from it.
+        """
+        if self._scalings is None or not self._may_guess or self.track.ending is not None:
+            return None
+        return RowRead(
+            segment=Segment(row=self.row, start=start),
+            token_ids=[token_id],
+            scalings=self._scalings,
+            n_logits=1,
+        )
 
     def guess_read(self, n: int) -> RowRead | None:
         """Returns the scaling pass over n guesses of the next token; None without any.
@@ -155,8 +185,10 @@ class RowArm:
         track, ahead = self.track, self.ahead
         if not self._may_guess or ahead is None or ahead.lm_logits is None:
             return None
+        self._is_drafted = ahead.draft_logits is not None
+        logits = ahead.lm_logits if ahead.draft_logits is None else ahead.draft_logits
         # Guessed even if it is not read: whether it would have been right decides when to go on.
-        self._guessed = track.sampler.guess(ahead.lm_logits, max(n, 1))
+        self._guessed = track.sampler.guess(logits, max(n, 1))
         if n == 0 or track.n_tokens >= track.limit:
             return None
         return self.scaling_read(
@@ -176,14 +208,20 @@ class RowArm:
 
     # ---------------------------------------------------------------- what came of it
 
-    def looked_ahead(self, result: RowResult) -> None:
-        """Takes in the scaling pass over the unread token, or over tokens up to it."""
+    def looked_ahead(self, result: RowResult, draft: RowResult | None = None) -> None:
+        """Takes in the scaling pass over the unread token, or over tokens up to it.
+
+        Args:
+            result: What came of it.
+            draft: What came of ``draft_read``.
+        """
         assert result.router_logits is not None
         check_router_logits(result.router_logits)
         self.ahead = Ahead(
             router_logits=result.router_logits[-1:],
             lm_logits=None if result.logits is None else result.logits[-1],
             knobs=self._scaling_knobs,
+            draft_logits=None if draft is None or draft.logits is None else draft.logits[-1],
         )
 
     def record_routing(self, row: int, router_logits: Tensor) -> None:
@@ -204,22 +242,28 @@ class RowArm:
         self.track.write_token(logits, base_logits, self._knobs)
 
     def settle_guess(
-        self, read: RowRead | None, result: RowResult | None, cache: RowCache
-    ) -> bool | None:
+        self,
+        read: RowRead | None,
+        result: RowResult | None,
+        draft_logits: Tensor | None,
+        *,
+        cache: RowCache,
+        overlap: Overlap,
+    ) -> None:
         """Takes in the scaling pass over guesses, after the token was written.
 
         Args:
             read: What ``guess_read`` returned.
             result: What came of it.
+            draft_logits: ``[V]``, what a draft of the best guess brought, if there was one.
             cache: The rows.
-
-        Returns:
-            Whether the token was among the guesses; None if nothing was guessed.
+            overlap: Is told whether the token was among the guesses.
         """
         if not self._guessed:
-            return None
+            return
         token = self.track.unread
         hit = token in self._guessed
+        overlap.guessed(hit=hit, drafted=self._is_drafted)
         if read is not None and result is not None:
             self.track.count_guess(hit=hit)
             if hit and result.router_logits is not None and result.logits is not None:
@@ -230,8 +274,8 @@ class RowArm:
                     router_logits=result.router_logits[which : which + 1],
                     lm_logits=result.logits[which],
                     knobs=self._scaling_knobs,
+                    draft_logits=draft_logits if which == 0 else None,
                 )
-        return hit
 
     def close(self) -> None:
         """Closes an arm that has ended, with the routing of its last token if it is known."""

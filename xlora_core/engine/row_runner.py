@@ -13,7 +13,7 @@ from torch import Tensor
 from xlora_core.engine.active import ActiveRequest
 from xlora_core.engine.admission import Admission, MemoryBudget, Need
 from xlora_core.engine.arms import constant_scalings
-from xlora_core.engine.overlap import Overlap
+from xlora_core.engine.overlap import Guessing, Overlap
 from xlora_core.engine.requests import Request
 from xlora_core.engine.row_arms import RowArm
 from xlora_core.engine.row_plan import RowPlan, run_plans
@@ -37,9 +37,10 @@ class RowRunner(Runner):
     """Runs every pass of every arm as a row of one cache.
 
     A routed arm has two rows. While its main row reads a token, its scaling row reads a guess of
-    the next one (see ``Overlap``). If the arm then writes that token, its scalings are there
-    already; if not, the scaling row reads the right one in the next step, at the same place.
-    Every token is chosen from the main pass alone, so guessing changes no result.
+    the next one, and so may the main row, as a draft (see ``Overlap``). If the arm then writes that
+    token, its scalings are there already; if not, the scaling row reads the right one in the next
+    step, at the same place. Every token is chosen from the main pass over it with its own scalings,
+    so guessing changes no result.
 
     Args:
         model: The model.
@@ -151,7 +152,7 @@ class RowRunner(Runner):
             prefill.read(start, chunk)
         else:
             n_routed = sum(arm.is_routed for arm in arms)
-            for plan in prefill.read_last(start, chunk, self._overlap.guesses(n_routed)):
+            for plan in prefill.read_last(start, chunk, self._overlap.choose(n_routed).n):
                 self._write(plan)
         active.n_read += len(chunk)
 
@@ -177,10 +178,10 @@ class RowRunner(Runner):
 
     def _decode(self, actives: Sequence[ActiveRequest]) -> list[tuple[ActiveRequest, Exception]]:
         started = time.perf_counter()
-        n_guesses = self._overlap.guesses(
+        guessing = self._overlap.choose(
             sum(arm.is_routed and arm.track.writes for a in actives for arm in self._arms[a])
         )
-        plans = {active: self._plans(self._arms[active], n_guesses) for active in actives}
+        plans = {active: self._plans(self._arms[active], guessing) for active in actives}
         n_read = run_plans(self._step, [plan for some in plans.values() for plan in some])
         failed: list[tuple[ActiveRequest, Exception]] = []
         for active, some in plans.items():
@@ -193,35 +194,33 @@ class RowRunner(Runner):
             self._overlap.took(n_read, time.perf_counter() - started)
         return failed
 
-    def _plans(self, arms: Sequence[RowArm], n_guesses: int) -> list[RowPlan]:
+    def _plans(self, arms: Sequence[RowArm], guessing: Guessing) -> list[RowPlan]:
         """Returns what the arms of a request read next."""
         plans = []
         for arm in arms:
-            track = arm.track
+            track, place = arm.track, arm.track.n_tokens - 1
             if track.finished:
                 continue
             if track.unread is None:  # ended before the prompt did
                 arm.close()
             elif arm.needs_scaling_pass:
-                read = arm.scaling_read(track.n_tokens - 1, [track.unread])
-                plans.append(RowPlan(arm=arm, scaling=read))
+                draft = arm.draft_read(place, track.unread) if guessing.drafts else None
+                scaling = arm.scaling_read(place, [track.unread])
+                plans.append(RowPlan(arm=arm, scaling=scaling, draft=draft))
             elif track.ending is not None:
                 arm.close()
             else:
-                plans.append(
-                    RowPlan(
-                        arm=arm,
-                        main=arm.token_read(track.n_tokens - 1, track.unread),
-                        guess=arm.guess_read(n_guesses),
-                    )
-                )
+                guess = arm.guess_read(guessing.n)
+                drafts = guessing.drafts and guess is not None
+                main = arm.token_read(place, track.unread, drafts=drafts)
+                plans.append(RowPlan(arm=arm, main=main, guess=guess))
         return plans
 
     def _take_in(self, plan: RowPlan) -> None:
         """Goes on with what an arm's reads brought."""
         arm = plan.arm
         if plan.scaling_result is not None:
-            arm.looked_ahead(plan.scaling_result)
+            arm.looked_ahead(plan.scaling_result, plan.draft_result)
         else:
             arm.record_token_routing()
             self._write(plan)
@@ -233,10 +232,14 @@ class RowRunner(Runner):
         arm, result = plan.arm, plan.main_result
         assert result is not None
         assert result.logits is not None
-        arm.write(result.logits[-1])
-        hit = arm.settle_guess(plan.guess, plan.guess_result, self._reader.cache)
-        if hit is not None:
-            self._overlap.guessed(hit=hit)
+        arm.write(result.logits[0])
+        arm.settle_guess(
+            plan.guess,
+            plan.guess_result,
+            result.logits[1] if len(result.logits) > 1 else None,
+            cache=self._reader.cache,
+            overlap=self._overlap,
+        )
 
 
 def _n_rows(request: Request) -> int:

@@ -16,41 +16,56 @@ from xlora_core.rows.cache import RowCache
 # costs as much as reading some dozens of places; a row may read that much, or an eighth, in vain.
 _SPARE_PLACES = 64
 _SPARE_SHARE = 8
+# Tokens of one row for which reading its keys costs more than computing with them.
+_FEW_TOKENS = 4
 
 
 @dataclass(frozen=True)
-class _SingleTokens:
-    """Single tokens of one or more rows, which attend in one call.
+class _FewTokens:
+    """A few tokens of each of one or more rows, which attend in one call, Q queries in each row.
 
     Attributes:
         tokens: Which tokens of the batch; a slice where their order is the batch's.
+        asked: ``[rows * Q]``, which of the tokens each query is of, since in a row with fewer of
+            them one asks more than once; None where the queries are the tokens.
+        kept: ``[n]``, the query whose answer each token takes; None likewise.
+        n_queries: Q.
         rows: Their rows of the cache.
         stop: They see places below it.
-        mask: ``[n, 1, 1, stop]``, -inf where a row is shorter; None where none is.
+        mask: ``[rows, 1, Q, 1, stop]``, -inf where a query does not see a place; None where all
+            see all.
     """
 
     tokens: slice | Tensor
+    asked: Tensor | None
+    kept: Tensor | None
+    n_queries: int
     rows: slice
     stop: int
     mask: Tensor | None
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> Tensor:
         """Returns ``[n, heads, D]`` for queries ``[n, heads, D]`` over a block's whole cache."""
-        n_tokens, n_heads, size = queries.shape
+        n_heads, size = queries.shape[1:]
         kv_heads = keys.shape[1]
+        n_shared = n_heads // kv_heads
+        if self.asked is not None:
+            queries = queries[self.asked]
         # The heads that share a key are as good as tokens that see the same places.
-        shared = queries.view(n_tokens, kv_heads, n_heads // kv_heads, size)
+        shared = queries.view(-1, self.n_queries, kv_heads, n_shared, size).transpose(1, 2)
         mask = self.mask
         if mask is not None:
-            mask = mask.expand(-1, -1, shared.shape[2], -1)
+            mask = mask.expand(-1, -1, -1, n_shared, -1).flatten(2, 3)
         found = F.scaled_dot_product_attention(
-            shared,
+            shared.flatten(2, 3),
             keys[self.rows, :, : self.stop],
             values[self.rows, :, : self.stop],
             attn_mask=mask,
             scale=scale,
         )
-        return found.reshape(n_tokens, n_heads, size)
+        found = found.view(-1, kv_heads, self.n_queries, n_shared, size).transpose(1, 2)
+        found = found.reshape(-1, n_heads, size)
+        return found if self.kept is None else found[self.kept]
 
 
 @dataclass(frozen=True)
@@ -96,24 +111,23 @@ class AttentionPlan:
     """
 
     def __init__(self, batch: RowBatch, cache: RowCache) -> None:
-        device = batch.token_ids.device
+        device, dtype = batch.token_ids.device, cache.keys[0].dtype
         rows: list[int] = []
         places: list[int] = []
         positions: list[int] = []
-        singles: list[tuple[int, Segment]] = []
-        self._groups: list[_SingleTokens | _Chunk] = []
+        few: list[tuple[int, Segment]] = []
+        self._groups: list[_FewTokens | _Chunk] = []
         for segment in batch.segments:
             first = len(rows)
             of_segment = range(segment.start, segment.stop)
             rows += [segment.row] * segment.n
             places += of_segment
             positions += [segment.start] * segment.n if segment.siblings else of_segment
-            if segment.n == 1:
-                singles.append((first, segment))
+            if segment.n <= _FEW_TOKENS:
+                few.append((first, segment))
             else:
                 self._groups.append(_chunk(first, segment, device))
-        dtype = cache.keys[0].dtype
-        self._groups += [_single_tokens(run, dtype, device) for run in _runs(singles)]
+        self._groups += [_few_tokens(run, dtype, device) for run in _runs(few)]
         table = torch.tensor([rows, places, positions], device=device)
         self._rows, self._places, self.positions = table.unbind()
         self._cache = cache
@@ -145,18 +159,18 @@ class AttentionPlan:
         return found.flatten(1)
 
 
-def _runs(singles: Sequence[tuple[int, Segment]]) -> Iterator[list[tuple[int, Segment]]]:
-    """Yields the single tokens in runs that one call serves: rows evenly spaced, alike in length.
+def _runs(few: Sequence[tuple[int, Segment]]) -> Iterator[list[tuple[int, Segment]]]:
+    """Yields segments of few tokens in runs that one call serves: evenly spaced, alike in length.
 
     Args:
-        singles: Number of the token in the batch, and its segment.
+        few: Number of the first token in the batch, and the segment.
     """
     run: list[tuple[int, Segment]] = []
-    for single in sorted(singles, key=lambda single: single[1].row):
-        if run and not _continues([segment for _, segment in run], single[1]):
+    for one in sorted(few, key=lambda one: one[1].row):
+        if run and not _continues([segment for _, segment in run], one[1]):
             yield run
             run = []
-        run.append(single)
+        run.append(one)
     if run:
         yield run
 
@@ -170,26 +184,49 @@ def _continues(run: Sequence[Segment], segment: Segment) -> bool:
     return longest - min(stops) <= max(_SPARE_PLACES, longest // _SPARE_SHARE)
 
 
-def _single_tokens(
+def _few_tokens(
     run: Sequence[tuple[int, Segment]], dtype: torch.dtype, device: torch.device
-) -> _SingleTokens:
-    tokens = [token for token, _ in run]
-    rows = [segment.row for _, segment in run]
-    stops = [segment.stop for _, segment in run]
-    longest = max(stops)
-    mask = None
-    if min(stops) < longest:
-        hidden = torch.arange(longest) >= torch.tensor(stops).unsqueeze(1)
-        mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
-        mask = mask.to(device)[:, None, None]
+) -> _FewTokens:
+    segments = [segment for _, segment in run]
+    tokens = [first + i for first, segment in run for i in range(segment.n)]
+    n_queries = max(segment.n for segment in segments)
+    # In a row with fewer tokens than another the first of them asks for the missing ones.
+    asked, kept = [], []
+    n_before = 0
+    for i, segment in enumerate(segments):
+        kept += [i * n_queries + j for j in range(segment.n)]
+        asked += [n_before + (j if j < segment.n else 0) for j in range(n_queries)]
+        n_before += segment.n
+    is_full = len(tokens) == len(asked)
     in_order = tokens == list(range(tokens[0], tokens[0] + len(tokens)))
+    rows = [segment.row for segment in segments]
     step = rows[1] - rows[0] if len(rows) > 1 else 1
-    return _SingleTokens(
+    return _FewTokens(
         tokens=slice(tokens[0], tokens[-1] + 1) if in_order else torch.tensor(tokens).to(device),
+        asked=None if is_full else torch.tensor(asked).to(device),
+        kept=None if is_full else torch.tensor(kept).to(device),
+        n_queries=n_queries,
         rows=slice(rows[0], rows[-1] + 1, step),
-        stop=longest,
-        mask=mask,
+        stop=max(segment.stop for segment in segments),
+        mask=_mask_of_rows(segments, n_queries, dtype, device),
     )
+
+
+def _mask_of_rows(
+    segments: Sequence[Segment], n_queries: int, dtype: torch.dtype, device: torch.device
+) -> Tensor | None:
+    """Returns the mask ``[rows, 1, Q, 1, stop]`` of segments; None if there is nothing to hide."""
+    stop = max(segment.stop for segment in segments)
+    if n_queries == 1 and all(segment.stop == stop for segment in segments):
+        return None
+    hidden = torch.zeros(len(segments), 1, n_queries, 1, stop, dtype=torch.bool)
+    for i, segment in enumerate(segments):
+        for j in range(n_queries):
+            own = segment.start + (j if j < segment.n else 0)
+            hidden[i, 0, j, 0, own + 1 :] = True
+            if segment.siblings:
+                hidden[i, 0, j, 0, segment.start : own] = True
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf).to(device)
 
 
 def _chunk(first: int, segment: Segment, device: torch.device) -> _Chunk:

@@ -27,9 +27,9 @@ from xlora_core.rows.graphs import (
     cuda_recorder,
 )
 from xlora_core.rows.norm import rms_norm
+from xlora_core.rows.packed import Product, packs
 from xlora_core.rows.projection import FusedProjection, RankWeights, plain_layer
 from xlora_core.rows.reader import RowReader
-from xlora_core.rows.skinny import linear_rows
 
 # The step below is these classes' own; a subclass may compute something else.
 _FAMILIES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -45,7 +45,8 @@ class LlamaRows(RowReader):
 
     Four products a block: ``[Wq; Wk; Wv; A]``, ``[Wo; A]``, ``[Wgate; Wup; A]``, ``[Wdown; A]``.
     The model's weights become views of the fused matrices, with the same numbers: its own passes
-    go on working, also beside this. Moving or casting the model afterwards parts the two.
+    go on working, also beside this. Moving or casting the model afterwards parts the two. Packed
+    matrices are copies beside them: what changes the weights later is not read.
 
     Args:
         model: A model that ``fits``.
@@ -53,12 +54,21 @@ class LlamaRows(RowReader):
             layers of a projection instead of one product each.
         compiled: Whether steps over single tokens are compiled, see ``compiling_recorder`` for
             what that costs; on a CUDA device they are graphs otherwise.
+        packed: Whether matrices, the head's too, may be packed where that is faster, see
+            ``Product``; they take as much memory again.
 
     Raises:
         ModelError: If the model does not fit.
     """
 
-    def __init__(self, model: XLoraModel, *, triton: bool = False, compiled: bool = False) -> None:
+    def __init__(
+        self,
+        model: XLoraModel,
+        *,
+        triton: bool = False,
+        compiled: bool = False,
+        packed: bool = False,
+    ) -> None:
         if not self.fits(model):
             raise ModelError(
                 f"{type(model.base_model).__name__} cannot be read by LlamaRows",
@@ -66,12 +76,15 @@ class LlamaRows(RowReader):
             )
         backbone = model.base_model.model
         self._embedding: nn.Embedding = backbone.embed_tokens
-        self._head: nn.Linear = model.base_model.lm_head
+        head: nn.Linear = model.base_model.lm_head
         self._norm = rms_norm(backbone.norm)
         self._rotary = backbone.rotary_emb
-        triton = triton and model.device.type == "cuda"
-        self._blocks = [_Block(layer, triton=triton) for layer in _blocks(model)]
         dtype = self._embedding.weight.dtype
+        triton = triton and model.device.type == "cuda"
+        # A compiler packs for itself.
+        packed = packed and not compiled and model.device.type == "cpu" and packs(dtype)
+        self._blocks = [_Block(layer, triton=triton, packed=packed) for layer in _blocks(model)]
+        self._head = Product(head.weight, head.bias, packed=packed)
         projections = [p for block in self._blocks for p in block.projections]
         self._rank_weights = RankWeights(projections, dtype)
         shapes = [block.cache_shape for block in self._blocks]
@@ -82,6 +95,7 @@ class LlamaRows(RowReader):
         elif model.device.type == "cuda":
             record = cuda_recorder(model.device)
         self._recorded = record and RecordedSteps(self._run, self.cache, record)
+        self.records_single_tokens = self._recorded is not None
 
     @classmethod
     def fits(cls, model: XLoraModel) -> bool:
@@ -137,7 +151,7 @@ class LlamaRows(RowReader):
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
         """Returns the logits ``[n, V]`` of hidden states ``[n, H]``."""
-        return linear_rows(hidden, self._head.weight, self._head.bias)
+        return self._head(hidden)
 
     def _rotation(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Returns cosines and signed sines ``[N, 1, D]`` of the tokens' positions."""
@@ -154,9 +168,10 @@ class _Block:
     Args:
         layer: The model's decoder layer.
         triton: As for ``FusedProjection``.
+        packed: Likewise.
     """
 
-    def __init__(self, layer: Any, *, triton: bool) -> None:
+    def __init__(self, layer: Any, *, triton: bool, packed: bool) -> None:
         attention, mlp = layer.self_attn, layer.mlp
         q, k, v, o = (getattr(attention, name) for name in _ATTENTION_LINEARS)
         gate, up, down = (getattr(mlp, name) for name in _MLP_LINEARS)
@@ -170,10 +185,10 @@ class _Block:
         self._n_heads = plain_layer(q).out_features // self._head_size
         self._kv_heads = plain_layer(k).out_features // self._head_size
         self._n_inner = plain_layer(gate).out_features
-        self._qkv = FusedProjection([q, k, v], triton=triton)
-        self._o = FusedProjection([o], triton=triton)
-        self._gate_up = FusedProjection([gate, up], triton=triton)
-        self._down = FusedProjection([down], triton=triton)
+        self._qkv = FusedProjection([q, k, v], triton=triton, packed=packed)
+        self._o = FusedProjection([o], triton=triton, packed=packed)
+        self._gate_up = FusedProjection([gate, up], triton=triton, packed=packed)
+        self._down = FusedProjection([down], triton=triton, packed=packed)
         self.projections = (self._qkv, self._o, self._gate_up, self._down)
 
     @property

@@ -21,7 +21,7 @@ from xlora_core.rows.reader import RowReader
 _logger = logging.getLogger(__name__)
 
 
-def open_rows(model: XLoraModel) -> RowReader | None:
+def open_rows(model: XLoraModel, *, packed: bool = False) -> RowReader | None:
     """Returns what reads a model's rows, or None if its texts must be read one by one.
 
     What is returned has shown to give the model's own logits, for a few tokens read in every way
@@ -29,12 +29,13 @@ def open_rows(model: XLoraModel) -> RowReader | None:
 
     Args:
         model: The model, in evaluation mode; it is only called.
+        packed: Whether there is memory for a second copy of its matrices, laid out for speed.
     """
     try:
         _check_kind(model)
         devices = [model.device] if model.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.no_grad():
-            return _first_right(model)
+            return _first_right(model, packed=packed)
     except Exception as error:
         # Whatever an unknown architecture runs into, one text alone may still work.
         _logger.warning("texts do not share runs over this model's weights: %s", _said(error))
@@ -56,12 +57,12 @@ def _check_kind(model: XLoraModel) -> None:
         raise ModelError("it is in training mode, where dropout makes every run another one")
 
 
-def _first_right(model: XLoraModel) -> RowReader:
+def _first_right(model: XLoraModel, *, packed: bool) -> RowReader:
     """Returns the fastest reader that gives the model's own numbers."""
     empty = cached_shapes(model)
     probe = Probe(model, empty)
     faults = []
-    for name, make in _readers(model, empty):
+    for name, make in _readers(model, empty, packed=packed):
         try:
             reader = make()
             probe.check(reader)
@@ -75,7 +76,9 @@ def _first_right(model: XLoraModel) -> RowReader:
     raise ModelError("; ".join(faults))
 
 
-def _readers(model: XLoraModel, empty: RowCache) -> list[tuple[str, Callable[[], RowReader]]]:
+def _readers(
+    model: XLoraModel, empty: RowCache, *, packed: bool
+) -> list[tuple[str, Callable[[], RowReader]]]:
     """Returns name and maker of each reader, the fastest first."""
     backbone = model.base_model.base_model
     of_modules: list[tuple[str, Callable[[], RowReader]]] = [
@@ -88,7 +91,8 @@ def _readers(model: XLoraModel, empty: RowCache) -> list[tuple[str, Callable[[],
             lambda: ModuleRows(model, empty, PaddingMasks(backbone)),
         ),
     ]
-    return [("a step of our own for Llama's blocks", lambda: LlamaRows(model)), *of_modules]
+    of_blocks = ("a step of our own for Llama's blocks", lambda: LlamaRows(model, packed=packed))
+    return [of_blocks, *of_modules]
 
 
 def _said(error: Exception) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xlora_core.layers import XLoraLinear
-from xlora_core.rows.skinny import linear_rows
+from xlora_core.rows.packed import Product
 
 
 @dataclass(frozen=True)
@@ -26,13 +26,14 @@ class FusedProjection:
     """Layers over the same input as one matrix ``[W; A]``: shrinking costs no product of its own.
 
     The layers' ``weight`` and ``lora_A`` become views of the fused matrix, so that it takes no
-    memory beside them and they stay what they were.
+    memory beside them and they stay what they were. A packed one is a copy.
 
     Args:
         layers: The layers, in the order of their outputs; plain or adapted ones over a plain
             ``nn.Linear``, all of one dtype on one device.
         triton: Whether Triton adds the mixture, in one kernel for all layers; it needs a CUDA
             device and the package.
+        packed: Whether the matrix is packed, too, see ``Product``.
 
     Attributes:
         weight: ``[out + R, in]``, R = sum of all experts' ranks of all layers.
@@ -41,15 +42,20 @@ class FusedProjection:
         out_features: Outputs of all layers together.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear | XLoraLinear], *, triton: bool = False) -> None:
+    def __init__(
+        self,
+        layers: Sequence[nn.Linear | XLoraLinear],
+        *,
+        triton: bool = False,
+        packed: bool = False,
+    ) -> None:
         plain = [plain_layer(layer) for layer in layers]
         self.adapted = [layer for layer in layers if isinstance(layer, XLoraLinear)]
         self.out_features = sum(layer.out_features for layer in plain)
         stacked: list[Tensor] = [*(p.weight for p in plain), *(a.lora_A for a in self.adapted)]
         self.weight = _fuse(stacked)
         self.bias = _fused_bias(plain, self.weight.shape[0])
-        self._base_weight = self.weight[: self.out_features]
-        self._base_bias = None if self.bias is None else self.bias[: self.out_features]
+        self._product = Product(self.weight, self.bias, packed=packed)
         outputs: list[slice] = []
         ranks: list[slice] = []
         output = rank = 0
@@ -77,8 +83,8 @@ class FusedProjection:
             ``[N, out]``.
         """
         if weights is None or not self._parts:
-            return linear_rows(x, self._base_weight, self._base_bias)
-        y = linear_rows(x, self.weight, self.bias)
+            return self._product(x, self.out_features)
+        y = self._product(x)
         if self._kernel is not None:
             self._kernel(y, weights, self.out_features)
             return y[:, : self.out_features]

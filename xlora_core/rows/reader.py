@@ -18,9 +18,12 @@ class RowReader(ABC):
 
     Attributes:
         cache: The rows' keys and values; who reads makes room with ``cache.grow``.
+        records_single_tokens: Whether a batch of one token for each row is recorded and replayed,
+            and so read much faster than others.
     """
 
     cache: RowCache
+    records_single_tokens: bool = False
 
     @abstractmethod
     def read(self, batch: RowBatch) -> Tensor:
