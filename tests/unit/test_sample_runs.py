@@ -16,8 +16,6 @@ from xlora_core.recording import Run
 SAMPLE = Path(__file__).resolve().parents[2] / "sample_data"
 RUNS = SAMPLE / "runs"
 RECORDINGS = read_recordings()
-# A SMILES string that quantum should lead is led by chemistry.
-KNOWN_MISS = "all-eight, routed, paragraph 4 "
 MIXED = [r for r in RECORDINGS if len({*r.experts} - {None}) > 1]
 
 
@@ -75,6 +73,14 @@ def test_runs_and_the_whole_folder_are_small() -> None:
     assert sum(sizes.values()) < 9e6
     everything = [path for path in SAMPLE.rglob("*") if "__pycache__" not in path.parts]
     assert sum(path.stat().st_size for path in everything if path.is_file()) < 80e6
+
+
+@pytest.mark.parametrize("recording", MIXED, ids=ids(MIXED))
+def test_the_expected_expert_leads_in_every_paragraph_of_a_mixed_prompt(
+    recording: Recording,
+) -> None:
+    missed = misses(recording, leads_in(recording))
+    assert not missed, "\n".join(missed)
 
 
 @pytest.mark.parametrize("recording", MIXED, ids=ids(MIXED))

@@ -40,7 +40,18 @@ DEMO_EXPERTS = (
     ExpertTrainConfig(domain="verse", steps=80, rows=8, max_length=256),
 )
 DEMO_ROUTER = RouterTrainConfig(
-    steps=150, rows=6, max_length=224, learning_rate=2e-3, label_start_rows=400, eval_every=25
+    depth=2,
+    size=1024,
+    global_scaling_weight=1.15,
+    label_start_rows=2400,
+    label_start_steps=900,
+    label_start_learning_rate=1e-3,
+    label_start_smoothing=0.1,
+    steps=80,
+    rows=8,
+    max_length=224,
+    learning_rate=1e-4,
+    save_every=20,
 )
 DEMO_GATES = RouterTrainConfig(
     router="per_layer", steps=80, rows=6, max_length=224, label_loss=0.1, eval_every=20
