@@ -95,7 +95,7 @@ class Stage:
             reader = opening.open_rows(self._model)
         if reader is None:
             return TurnRunner(self._model)
-        return RowRunner(self._model, reader, Overlap("on"))
+        return RowRunner(self._model, reader, Overlap.of(self._model, reader, "on"))
 
     def _request(self, recording: Recording) -> Request:
         prompt = encode_prompt(

@@ -346,7 +346,7 @@ class Engine:
         if reader is None:
             return TurnRunner(self._model)
         keeps_cache = self._model.device.type == "cuda"
-        overlap = Overlap(mode, n_guesses, drafts=not reader.records_single_tokens)
+        overlap = Overlap.of(self._model, reader, mode, n_guesses)
         return RowRunner(self._model, reader, overlap, keeps_cache=keeps_cache)
 
     def _live(self) -> None:

@@ -13,7 +13,13 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from xlora_core.engine.serving import positions_follow_length
+
+if TYPE_CHECKING:
+    from xlora_core.model import XLoraModel
+    from xlora_core.rows import RowReader
 
 OverlapMode = Literal["auto", "on", "off"]
 OVERLAP_MODES = ("auto", "on", "off")
@@ -72,6 +78,25 @@ class Overlap:
         self._hit_rates = dict(_FIRST_HIT_RATES)
         self._seconds: dict[int, deque[float]] = {}
         self._n_steps = 0
+
+    @classmethod
+    def of(
+        cls, model: XLoraModel, reader: RowReader, mode: OverlapMode, n_siblings: int = 1
+    ) -> Overlap:
+        """Returns the choice for a model: without drafts where these cost too much, or are wrong.
+
+        A step that is recorded for single tokens is not recorded for a token and its draft. Where
+        positions follow the length of a text, the token would be read as one of the longer text
+        that the draft makes.
+
+        Args:
+            model: The model.
+            reader: What reads its rows.
+            mode: As for the class.
+            n_siblings: As for the class.
+        """
+        drafts = not (reader.records_single_tokens or positions_follow_length(model))
+        return cls(mode, n_siblings, drafts=drafts)
 
     def choose(self, n_arms: int) -> Guessing:
         """Returns what each of n routed arms had better read ahead."""
