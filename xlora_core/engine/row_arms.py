@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from xlora_core.config import RoutingKnobs
@@ -126,7 +127,13 @@ class RowArm:
         )
 
     def main_read(
-        self, start: int, token_ids: list[int], router_logits: Tensor | None, *, n_logits: int
+        self,
+        start: int,
+        token_ids: list[int],
+        router_logits: Tensor | None,
+        *,
+        n_logits: int,
+        n_drafts: int = 0,
     ) -> RowRead:
         """Returns the arm's own pass over tokens from ``start`` on.
 
@@ -135,6 +142,7 @@ class RowArm:
             token_ids: The n tokens.
             router_logits: ``[n, L or 1, K]`` for a routed arm.
             n_logits: Of how many of its last tokens logits are wanted.
+            n_drafts: How many of its last tokens are drafts.
         """
         scalings = self._constant
         if router_logits is not None and self.ahead is not None:
@@ -146,6 +154,7 @@ class RowArm:
             token_ids=token_ids,
             scalings=scalings,
             n_logits=n_logits,
+            n_drafts=n_drafts,
         )
 
     def token_read(self, start: int, token_id: int, *, drafts: bool = False) -> RowRead:
@@ -159,8 +168,11 @@ class RowArm:
                 what that left in its row.
         """
         router_logits = None if self.ahead is None else self.ahead.router_logits
-        token_ids = [token_id, *(self._guessed[:1] if drafts else [])]
-        return self.main_read(start, token_ids, router_logits, n_logits=len(token_ids))
+        draft = self._guessed[:1] if drafts else []
+        n_logits = 1 + len(draft)
+        return self.main_read(
+            start, [token_id, *draft], router_logits, n_logits=n_logits, n_drafts=len(draft)
+        )
 
     def draft_read(self, start: int, token_id: int) -> RowRead | None:
         """Returns the arm's own pass over its unread token with the scalings of the one before.
@@ -174,6 +186,7 @@ class RowArm:
             token_ids=[token_id],
             scalings=self._scalings,
             n_logits=1,
+            n_drafts=1,
         )
 
     def guess_read(self, n: int) -> RowRead | None:
@@ -217,11 +230,12 @@ class RowArm:
         """
         assert result.router_logits is not None
         check_router_logits(result.router_logits)
+        draft_logits = None if draft is None or draft.logits is None else draft.logits[-1]
         self.ahead = Ahead(
             router_logits=result.router_logits[-1:],
             lm_logits=None if result.logits is None else result.logits[-1],
             knobs=self._scaling_knobs,
-            draft_logits=None if draft is None or draft.logits is None else draft.logits[-1],
+            draft_logits=_sound(draft_logits),
         )
 
     def record_routing(self, row: int, router_logits: Tensor) -> None:
@@ -274,7 +288,7 @@ class RowArm:
                     router_logits=result.router_logits[which : which + 1],
                     lm_logits=result.logits[which],
                     knobs=self._scaling_knobs,
-                    draft_logits=draft_logits if which == 0 else None,
+                    draft_logits=_sound(draft_logits) if which == 0 else None,
                 )
 
     def close(self) -> None:
@@ -283,3 +297,10 @@ class RowArm:
             self._knobs = self._knobs_of(self.ahead)
             self.record_token_routing()
         self.track.close()
+
+
+def _sound(draft_logits: Tensor | None) -> Tensor | None:
+    """Returns a draft's logits ``[V]``; None if they hold NaN or infinity, and tell nothing."""
+    if draft_logits is None or not torch.logsumexp(draft_logits, dim=-1).isfinite():
+        return None
+    return draft_logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -26,6 +26,7 @@ class RowRead:
         scalings: ``[n or 1, L or 1, K]``, effective; None runs the base layers alone.
         routes: Whether this is a scaling pass, whose hidden states the classifier reads.
         n_logits: Of how many of its last tokens the language model's logits are wanted.
+        n_drafts: How many of its last tokens are drafts: nothing is lost if they are not read.
     """
 
     segment: Segment
@@ -33,6 +34,23 @@ class RowRead:
     scalings: Tensor | None
     routes: bool = False
     n_logits: int = 0
+    n_drafts: int = 0
+
+    def without_drafts(self) -> RowRead | None:
+        """Returns the read of its other tokens; None if it has no others."""
+        n = self.segment.n - self.n_drafts
+        if n == 0:
+            return None
+        if self.n_drafts == 0:
+            return self
+        # The scalings stay: a draft has those of the token before.
+        return replace(
+            self,
+            segment=replace(self.segment, n=n),
+            token_ids=self.token_ids[:n],
+            n_logits=max(self.n_logits - self.n_drafts, 0),
+            n_drafts=0,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +59,7 @@ class RowResult:
 
     Attributes:
         router_logits: ``[n, L or 1, K]`` of a scaling pass; None of any other.
-        logits: ``[n_logits, V]``; None if none were wanted.
+        logits: ``[n_logits, V]``, fewer if drafts were not read; None if none were wanted.
     """
 
     router_logits: Tensor | None
@@ -64,8 +82,8 @@ class RowStep:
         """Reads all at once; no work is done for classifier or head that nobody asked for.
 
         A broken expert makes NaN, and 0 times NaN is NaN: it may reach rows in which the expert
-        has a scaling of 0. So if anything is not finite, all are read again one by one, and only
-        what is broken by itself stays so.
+        has a scaling of 0, and from a draft the token before it. So if anything is not finite, all
+        are read again one by one and without drafts, and only what is broken by itself stays so.
 
         Args:
             reads: At least one, no two of the same row.
@@ -74,9 +92,11 @@ class RowStep:
             One result per read, in their order.
         """
         results, are_finite = self._run(reads)
-        if are_finite or len(reads) == 1:
+        alone = [read.without_drafts() for read in reads]
+        if are_finite or (len(reads) == 1 and alone[0] is reads[0]):
             return results
-        return [result for read in reads for result in self._run([read])[0]]
+        nothing = RowResult(router_logits=None, logits=None)
+        return [nothing if read is None else self._run([read])[0][0] for read in alone]
 
     def _run(self, reads: Sequence[RowRead]) -> tuple[list[RowResult], bool]:
         """Returns the results, and whether no hidden state behind them has a NaN or infinity."""
