@@ -357,7 +357,7 @@ class Engine:
             # Whatever ends the thread, nobody is left to wait for ever.
             with self._changed, torch.inference_mode():  # as the rows that are erased now
                 self._closed = True
-                self._scheduler.fail_all(closed_error("while this request ran"))
+                self._scheduler.close(closed_error("while this request ran"))
                 for request in self._queue.clear():
                     request.fail(closed_error("before this request was served"))
             self._model.edit_guard.release()

@@ -132,6 +132,11 @@ class RowRunner(Runner):
         self._free = []
         self._reader.cache.clear()
 
+    def close(self) -> None:
+        """Frees the rows and whatever else the reader holds."""
+        self._free = []
+        self._reader.close()
+
     # ---------------------------------------------------------------- prompts
 
     def prefill(self, active: ActiveRequest, n: int | None) -> None:

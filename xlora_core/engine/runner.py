@@ -68,6 +68,10 @@ class Runner(ABC):
     def free_cache(self) -> None:
         """Frees what was kept for later requests; called while there is no request."""
 
+    def close(self) -> None:
+        """Frees all that is held beside the model; nothing runs afterwards."""
+        self.free_cache()
+
 
 def record_bytes(request: Request, n_tokens: int) -> int:
     """Returns the bytes that the record of a request of so many tokens takes."""

@@ -144,10 +144,11 @@ class Scheduler:
             self._retire(active)
             active.finish()
 
-    def fail_all(self, error: XLoraError) -> None:
-        """Ends all active requests as failed."""
+    def close(self, error: XLoraError) -> None:
+        """Ends all active requests as failed, and frees what the runner holds."""
         for active in list(self._actives):
             self._fail(active, error)
+        self._runner.close()
 
     def _prefill(self) -> None:
         waiting = [active for active in self._actives if not active.reads_tokens]

@@ -46,7 +46,7 @@ class LlamaRows(RowReader):
     Four products a block: ``[Wq; Wk; Wv; A]``, ``[Wo; A]``, ``[Wgate; Wup; A]``, ``[Wdown; A]``.
     The model's weights become views of the fused matrices, with the same numbers: its own passes
     go on working, also beside this. Moving or casting the model afterwards parts the two. Packed
-    matrices are copies beside them: what changes the weights later is not read.
+    matrices are copies beside them, until ``close``: what changes the weights later is not read.
 
     Args:
         model: A model that ``fits``.
@@ -122,6 +122,14 @@ class LlamaRows(RowReader):
         if len(devices) > 1 or len(dtypes) > 1 or not dtypes <= _DTYPES:
             return False
         return devices.pop().type != "meta"  # where weights rest that are offloaded
+
+    def close(self) -> None:
+        """Frees the rows and the packed matrices, which are no longer right once weights change."""
+        super().close()
+        self._head.unpack()
+        for block in self._blocks:
+            for projection in block.projections:
+                projection.unpack()
 
     def read(self, batch: RowBatch) -> Tensor:
         """Reads the tokens of a batch; see ``RowReader.read``."""

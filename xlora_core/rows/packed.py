@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Hashable
 from functools import cache
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -48,8 +46,6 @@ class PackedMatrix:
         # Not in inference mode: whoever multiplies may be outside of it.
         with torch.inference_mode(False), torch.no_grad():
             self._packed = pack(matrix.detach().contiguous(), _TYPICAL_ROWS)
-        # Nothing else comes to lie at its address as long as it is here.
-        self._matrix = matrix.detach()
 
     def __call__(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Returns ``x W^T + bias``, ``[N, out]``, for ``[N, in]``."""
@@ -68,7 +64,7 @@ class Product:
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, packed: bool) -> None:
         self._weight, self._bias = weight, bias
-        self._packed = packed_matrix(weight) if packed else None
+        self._packed = PackedMatrix(weight) if packed else None
         self._fewest_rows = _FEWEST_ROWS.get(weight.dtype, 0)
 
     def __call__(self, x: Tensor, n_outputs: int | None = None) -> Tensor:
@@ -79,20 +75,9 @@ class Product:
         bias = None if self._bias is None else self._bias[:n_outputs]
         return linear_rows(x, self._weight[:n_outputs], bias)
 
-
-# Two engines over one model share what they pack.
-_known: WeakValueDictionary[Hashable, PackedMatrix] = WeakValueDictionary()
-
-
-def packed_matrix(matrix: Tensor) -> PackedMatrix:
-    """Returns a packed matrix, the one that was made of the same before if it is still in use."""
-    # How often it was written to; tensors of inference mode do not count.
-    version = None if matrix.is_inference() else matrix._version  # noqa: SLF001
-    key = (matrix.data_ptr(), matrix.shape, matrix.stride(), matrix.dtype, version)
-    packed = _known.get(key)
-    if packed is None:
-        packed = _known[key] = PackedMatrix(matrix)
-    return packed
+    def unpack(self) -> None:
+        """Frees the packed copy; the weight alone is multiplied by from here on."""
+        self._packed = None
 
 
 @cache

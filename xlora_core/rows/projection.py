@@ -95,6 +95,10 @@ class FusedProjection:
             adapted[:, part.outputs].addmm_(shrunk[:, part.ranks], part.expand)
         return y[:, : self.out_features]
 
+    def unpack(self) -> None:
+        """Frees the packed copy of the matrix."""
+        self._product.unpack()
+
 
 class RankWeights:
     """What each rank of each fused projection is multiplied by, for all of them at once.

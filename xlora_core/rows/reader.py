@@ -25,6 +25,10 @@ class RowReader(ABC):
     cache: RowCache
     records_single_tokens: bool = False
 
+    def close(self) -> None:
+        """Frees what it holds beside the model; nothing is read afterwards."""
+        self.cache.clear()
+
     @abstractmethod
     def read(self, batch: RowBatch) -> Tensor:
         """Reads the tokens of a batch and stores their keys and values.
