@@ -21,9 +21,8 @@ SAMPLE = Path(__file__).resolve().parents[2] / "sample_data"
 DOMAINS = [settings.domain for settings in recipes.DEMO_EXPERTS]
 # What the shipped figures must keep to: nats a token, and shares.
 LEAST_GAIN, LEAST_SHARE = 0.4, 0.15  # of an expert over the base, whichever is smaller
-MOST_ABOVE_ORACLE = 0.03  # of the routed model
-# Where that is missed, and by how much the routed model may be above the right expert there.
-MISSED_ORACLE = {"biology": 0.065, MIXED: 0.05, "verse": 0.04, "chemistry": 0.031}
+MOST_ABOVE_ORACLE = 0.03  # of the routed model, in any domain and where a row changes it
+MOST_ABOVE_ORACLE_ON_AVERAGE = 0.01  # wanted is 0, which the model misses by 0.009
 LEAST_RIGHT = 0.9  # answer tokens whose strongest expert is the right one
 
 
@@ -82,9 +81,10 @@ def test_routing_beats_every_merge_wherever_it_was_measured() -> None:
 def test_routing_is_close_to_the_right_expert() -> None:
     for name, result in results().items():
         losses = result["losses"]
-        most = MISSED_ORACLE.get(name, MOST_ABOVE_ORACLE)
-        assert losses["routed"] <= losses["right"] + most, name
+        assert losses["routed"] <= losses["right"] + MOST_ABOVE_ORACLE, name
         assert result["right_top"] >= LEAST_RIGHT, name
+    means = mean_losses(results())
+    assert means["routed"] <= means["right"] + MOST_ABOVE_ORACLE_ON_AVERAGE
 
 
 def test_the_fitted_merge_is_a_fair_baseline() -> None:
