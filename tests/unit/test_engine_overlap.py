@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
 
+import pytest
+import torch
+
+from tests.tiny_chat import tiny_chat_xlora, tiny_tokenizer
+from xlora_core.config import Arm, SamplingParams
+from xlora_core.engine.identity import ModelIdentity
 from xlora_core.engine.overlap import Guessing, Overlap
+from xlora_core.engine.prompts import EncodedPrompt
+from xlora_core.engine.requests import Request
+from xlora_core.engine.row_runner import RowRunner
+from xlora_core.engine.scheduler import Scheduler
+from xlora_core.rows.opening import open_rows
 
 MANY = 500  # as many observations as outweigh what was assumed before
 
@@ -111,6 +122,72 @@ def test_the_number_of_arms_decides_which_steps_are_compared() -> None:
     overlap = overlap_of(0.75, {1: 1.0, 2: 1.1, 8: 2.0, 16: 4.0})
     assert overlap.choose(1).n == 1
     assert overlap.choose(8).n == 0
+
+
+@pytest.mark.parametrize("n_others", [0, 1, 2, 3, 4, 9])
+def test_the_cheapest_way_is_found_beside_arms_that_read_a_token_each(n_others: int) -> None:
+    """They are part of every step that is measured, so they are of those that are compared."""
+    overlap = Overlap("auto")
+    hit_rates = {False: 0.7, True: 0.95}
+    due = {False: 0.0, True: 0.0}
+    chosen = []
+    missed = False
+    for _ in range(1000):
+        way = overlap.choose(1, n_others)
+        chosen.append(way)
+        # After a wrong guess the scaling row reads the token alone, and the arm's own a draft.
+        n_tokens = (1 + way.drafts if missed else 1 + way.n + way.drafts) + n_others
+        overlap.took(n_tokens, 1.0 + 0.001 * n_tokens)  # rows are nearly free, so drafts pay
+        if missed:
+            missed = False
+            continue
+        due[way.drafts] += hit_rates[way.drafts]
+        hit = due[way.drafts] >= 1
+        due[way.drafts] -= hit
+        overlap.guessed(hit=hit, drafted=way.drafts)
+        missed = not hit
+    assert chosen[-500:].count(Guessing(n=1, drafts=True)) > 480
+
+
+def test_arms_that_are_not_routed_are_counted(tmp_path: Path) -> None:
+    """Or steps would never have the size whose cost is asked for."""
+    counts: list[tuple[int, int]] = []
+    sizes: list[int] = []
+
+    class Watched(Overlap):
+        def choose(self, n_arms: int, n_others: int = 0) -> Guessing:
+            counts.append((n_arms, n_others))
+            return super().choose(n_arms, n_others)
+
+        def took(self, n_tokens: int, seconds: float) -> None:
+            sizes.append(n_tokens)
+            super().took(n_tokens, seconds)
+
+    model = tiny_chat_xlora(tmp_path)
+    arms = (Arm.routed(), Arm.merged(), Arm.base(), Arm.expert("code"))
+    sampling = SamplingParams(max_new_tokens=12)
+    request = Request(
+        header=ModelIdentity(model, "tiny").header("", sampling),
+        prompt=EncodedPrompt(text="", token_ids=[5, 9, 4]),
+        arms=arms,
+        sampling=sampling,
+        with_base_logprob=True,
+    )
+    reader = open_rows(model)
+    assert reader is not None
+    scheduler = Scheduler(
+        RowRunner(model, reader, Watched("on")),
+        tiny_tokenizer(),
+        stop_ids=frozenset(),
+        context_length=64,
+    )
+    with torch.inference_mode():
+        scheduler.admit(request)
+        while not request.ended:
+            scheduler.round()
+    assert counts[:2] == [(1, 3), (1, 3)]
+    # The largest steps, with a draft and a guess, are as large as those that are looked up.
+    assert max(sizes) == Guessing(n=1, drafts=True).n_tokens(1, 3)
 
 
 def test_siblings_are_more_rows() -> None:

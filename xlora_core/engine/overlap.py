@@ -47,9 +47,9 @@ class Guessing:
     n: int
     drafts: bool = False
 
-    def n_tokens(self, n_arms: int) -> int:
-        """Returns the tokens of a step of so many arms."""
-        return n_arms * (1 + self.n + self.drafts)
+    def n_tokens(self, n_arms: int, n_others: int) -> int:
+        """Returns the tokens of a step of n routed arms, and of others that read one each."""
+        return n_arms * (1 + self.n + self.drafts) + n_others
 
 
 NO_GUESSES = Guessing(n=0)
@@ -98,16 +98,22 @@ class Overlap:
         drafts = not (reader.records_single_tokens or positions_follow_length(model))
         return cls(mode, n_siblings, drafts=drafts)
 
-    def choose(self, n_arms: int) -> Guessing:
-        """Returns what each of n routed arms had better read ahead."""
+    def choose(self, n_arms: int, n_others: int = 0) -> Guessing:
+        """Returns what each of n routed arms had better read ahead.
+
+        Args:
+            n_arms: Routed arms that write.
+            n_others: Other arms that write, and read a token in every step.
+        """
         if self.mode == "off":
             return NO_GUESSES
         if self.mode == "on":
             return self._guessing[-1]
         for way in self._guessing:
-            if self._cost(way.n_tokens(n_arms)) is None:
+            if self._cost(way.n_tokens(n_arms, n_others)) is None:
                 return way
-        best = min([*self._guessing, NO_GUESSES], key=lambda way: self._expected(way, n_arms))
+        ways = [*self._guessing, NO_GUESSES]
+        best = min(ways, key=lambda way: self._expected(way, n_arms, n_others))
         others = [way for way in self._guessing if way != best]
         self._n_steps += 1
         if others and self._n_steps % _PAUSE == 0:
@@ -122,12 +128,12 @@ class Overlap:
         """Notes what a decode step over n tokens took."""
         self._seconds.setdefault(n_tokens, deque(maxlen=_N_REMEMBERED)).append(seconds)
 
-    def _expected(self, way: Guessing, n_arms: int) -> float:
+    def _expected(self, way: Guessing, n_arms: int, n_others: int) -> float:
         """Returns the seconds that a token takes."""
-        alone = self._cost_at_most(n_arms * (1 + way.drafts))
+        alone = self._cost_at_most(n_arms * (1 + way.drafts) + n_others)
         if not way.n:
             return 2 * alone
-        together = self._cost_at_most(way.n_tokens(n_arms))
+        together = self._cost_at_most(way.n_tokens(n_arms, n_others))
         return together + (1 - self._hit_rates[way.drafts]) * alone
 
     def _cost_at_most(self, n_tokens: int) -> float:

@@ -156,8 +156,8 @@ class RowRunner(Runner):
         if start + len(chunk) < len(active.prompt):
             prefill.read(start, chunk)
         else:
-            n_routed = sum(arm.is_routed for arm in arms)
-            for plan in prefill.read_last(start, chunk, self._overlap.choose(n_routed).n):
+            n_guesses = self._overlap.choose(*_counts(arms)).n
+            for plan in prefill.read_last(start, chunk, n_guesses):
                 self._write(plan)
         active.n_read += len(chunk)
 
@@ -183,9 +183,8 @@ class RowRunner(Runner):
 
     def _decode(self, actives: Sequence[ActiveRequest]) -> list[tuple[ActiveRequest, Exception]]:
         started = time.perf_counter()
-        guessing = self._overlap.choose(
-            sum(arm.is_routed and arm.track.writes for a in actives for arm in self._arms[a])
-        )
+        arms = [arm for active in actives for arm in self._arms[active]]
+        guessing = self._overlap.choose(*_counts([arm for arm in arms if arm.track.writes]))
         plans = {active: self._plans(self._arms[active], guessing) for active in actives}
         n_read = run_plans(self._step, [plan for some in plans.values() for plan in some])
         failed: list[tuple[ActiveRequest, Exception]] = []
@@ -245,6 +244,12 @@ class RowRunner(Runner):
             cache=self._reader.cache,
             overlap=self._overlap,
         )
+
+
+def _counts(arms: Sequence[RowArm]) -> tuple[int, int]:
+    """Returns how many arms are routed, and how many are not."""
+    n_routed = sum(arm.is_routed for arm in arms)
+    return n_routed, len(arms) - n_routed
 
 
 def _n_rows(request: Request) -> int:
