@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 
 METHOD = (
     "Counted, not timed, over the answers to all questions. reads/token: runs over the weights for "
-    "a generated token. Without guesses there are two, with a hit rate a there are 2 - a. Prompt "
+    "a generated token. Without guesses there are two, with a hit rate a there are 2 - a. Guesses "
+    "are drafts where the engine drafts (docs/engine.md). Prompt "
     "lookup takes the longest run of at most 3 tokens at the text's end, proposes what followed "
     "when it occurred before, and reads the proposal with the scaling pass, then with the main "
     "pass: two runs for the tokens that were right and one more."
