@@ -24,6 +24,7 @@ from xlora_core.config import XLoraConfig
 from xlora_core.errors import CheckpointError, ConfigError
 from xlora_core.model import XLoraModel
 from xlora_core.placement import Device
+from xlora_core.threads import apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,6 +65,16 @@ def load_model(
         AdapterError: If an adapter cannot be read or does not fit.
         ConfigError: If neither checkpoint nor adapters are given, or a value is out of range.
     """
+    return apart(lambda: _load_model(base, checkpoint, adapters, device, dtype))
+
+
+def _load_model(
+    base: str | Path,
+    checkpoint: str | Path | None,
+    adapters: Mapping[str, str | Path] | None,
+    device: Device | None,
+    dtype: str | torch.dtype | None,
+) -> tuple[XLoraModel, PreTrainedTokenizerBase]:
     if base == DEMO and checkpoint is None and not adapters:
         checkpoint = _demo_checkpoint()
     if checkpoint is None and not adapters:
@@ -72,7 +83,7 @@ def load_model(
             f"{base} is only a base model: X-LoRA needs experts to mix",
             hint="give checkpoint=<X-LoRA folder> or adapters={name: <LoRA folder>}",
         )
-    hf_model, tokenizer = load_base(base, dtype=dtype, device=device)
+    hf_model, tokenizer = _load_base(base, dtype, device)
     if checkpoint is not None:
         model = XLoraModel.from_pretrained(hf_model, checkpoint, adapters=adapters)
     else:
@@ -93,6 +104,12 @@ def load_base(
         CheckpointError: If the base model cannot be read.
         ConfigError: If dtype or device is unknown, or accelerate is missing and needed.
     """
+    return apart(lambda: _load_base(base, dtype, device))
+
+
+def _load_base(
+    base: str | Path, dtype: str | torch.dtype | None, device: Device | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     folder = demo_base_folder() if base == DEMO else base
     return load_base_folder(folder, dtype=dtype, device=device)
 

@@ -1,7 +1,10 @@
-"""How many threads compute: no more than the process has cores, or its container allows."""
+"""How many threads compute: no more than the process has cores, and none for nobody."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,3 +99,63 @@ def test_no_more_threads_than_cores_unless_the_user_said_so(
     assert threads.set_threads(environ={"OMP_NUM_THREADS": ""}) == 2
     torch.set_num_threads(1)
     assert threads.set_threads(environ={}) == 1
+
+
+# -------------------------------------------------------------------- work apart
+
+
+def test_what_is_done_apart_comes_back() -> None:
+    with torch.no_grad():  # holds for this thread alone
+        name, grad = threads.apart(
+            lambda: (threading.current_thread().name, torch.is_grad_enabled()), name="elsewhere"
+        )
+    assert (name, grad) == ("elsewhere", True)
+    assert threads.apart(lambda: None) is None
+
+
+def test_what_fails_apart_fails_here() -> None:
+    fault = ConfigError("no such thing")
+
+    def fail() -> None:
+        raise fault
+
+    with pytest.raises(ConfigError) as caught:
+        threads.apart(fail)
+    assert caught.value is fault
+    assert "elsewhere" not in {thread.name for thread in threading.enumerate()}
+
+
+# Prints how many of the process's threads are nobody's: before anything, while a thread that has
+# multiplied is there, and when several such threads have ended. PyTorch itself starts one, once.
+_HELPERS = """
+import os, threading, time, torch
+from xlora_core.threads import apart
+
+def helpers():
+    threads = {int(name) for name in os.listdir("/proc/self/task")}
+    return len(threads - {thread.native_id for thread in threading.enumerate()})
+
+def multiply():
+    torch.set_num_threads(2)
+    large = torch.ones(512, 512)
+    for _ in range(20):
+        large @ large
+    return helpers()
+
+before = helpers()
+during = [apart(multiply) for _ in range(6)]
+deadline = time.monotonic() + 60  # they end soon after the thread that they helped
+while helpers() > before + 1 and time.monotonic() < deadline:
+    os.sched_yield()
+print(before, max(during), helpers())
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="only Linux lists the threads")
+def test_work_that_is_done_apart_leaves_no_helpers_behind() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _HELPERS], check=True, capture_output=True, text=True
+    )
+    before, during, after = map(int, done.stdout.split())
+    assert before + 1 < during
+    assert after <= before + 1

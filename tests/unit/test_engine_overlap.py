@@ -62,6 +62,17 @@ def test_every_way_to_guess_is_tried_before_one_is_chosen() -> None:
     assert overlap.choose(2) == Guessing(n=3, drafts=True)  # what drafts are taken to be worth
 
 
+def test_the_first_guesses_count_more_than_what_was_taken_for_granted() -> None:
+    overlap = Overlap("auto")
+    for n_tokens, seconds in {1: 0.8, 2: 1.0, 3: 1.2}.items():
+        for _ in range(3):
+            overlap.took(n_tokens, seconds)
+    assert overlap.choose(1) == Guessing(n=1)
+    for hit in (True, False, False, False):
+        overlap.guessed(hit=hit)
+    assert overlap.choose(1) == Guessing(n=1, drafts=True)
+
+
 def test_on_and_off_do_not_ask_what_it_costs() -> None:
     never_right = {1: 1.0, 2: 10.0}
     on, off = Overlap("on", 2), Overlap("off", 2)

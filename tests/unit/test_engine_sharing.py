@@ -262,6 +262,21 @@ def test_time_may_be_up_before_the_prompt_is_read(model: XLoraModel, batched: bo
         assert [track.n_tokens for track in run.tracks] == [0, 0]
 
 
+# -------------------------------------------------------------------- threads
+
+
+def test_an_idle_engine_keeps_no_thread_that_computes(model: XLoraModel) -> None:
+    with Engine(model, TOKENIZER) as engine:
+        served = []
+        for _ in range(2):
+            engine.run(PROMPT, sampling=SHORT)
+            served.append(engine._serving)
+            served[-1].join(PATIENCE)
+            assert not served[-1].is_alive()
+        assert served[0] is not served[1]
+        assert engine._thread.is_alive()
+
+
 # -------------------------------------------------------------------- the watch
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from xlora_core.errors import ConfigError
+from xlora_core.threads import apart
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +48,8 @@ def take_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, Sample]:
     is the nearest to what the side takes by itself. A turn is many tokens and its figure their
     mean: tokens whose scalings were guessed and others differ in cost, and all of them count.
 
+    Every turn is done apart: threads that help one side would slow the next one down.
+
     Args:
         sides: Name -> what does one turn.
         rounds: How many, >= 1.
@@ -61,7 +64,7 @@ def take_turns(sides: Mapping[str, Side], rounds: int) -> dict[str, Sample]:
     for n in range(rounds):
         first = n % len(names)
         for name in names[first:] + names[:first]:
-            sample = sides[name]()
+            sample = apart(sides[name])
             if name not in best or sample.ms < best[name].ms:
                 best[name] = sample
     return {name: best[name] for name in names}

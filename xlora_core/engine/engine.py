@@ -34,7 +34,8 @@ from xlora_core.engine.step_threads import StepThreads
 from xlora_core.engine.turns import TurnRunner
 from xlora_core.engine.watchdog import Watchdog
 from xlora_core.errors import EngineError
-from xlora_core.rows import opening
+from xlora_core.rows import RowReader, opening
+from xlora_core.threads import apart
 
 if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
@@ -139,6 +140,7 @@ class Engine:
         self._tokenizer_lock = threading.Lock()
         model.edit_guard.hold()
         self._thread = threading.Thread(target=self._live, name="xlora-engine", daemon=True)
+        self._serving = self._thread  # or the one that it has started for the requests at hand
         self._thread.start()
         # A process that ends while PyTorch computes in a daemon thread aborts.
         atexit.register(self.close)
@@ -280,7 +282,7 @@ class Engine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() not in (self._thread, self._serving):
             self._ended.wait()
             if self._failure is None:  # one that is stuck is not waited for
                 self._thread.join()
@@ -340,14 +342,16 @@ class Engine:
             request.announce_position(position, seconds)
 
     def _runner(self, mode: OverlapMode, n_guesses: int, *, batched: bool) -> Runner:
-        with self._threads.running():  # whether a reader is right is tried with steps
-            packed = has_room_for_copy(self._model)
-            reader = opening.open_rows(self._model, packed=packed) if batched else None
+        reader = apart(self._open_rows) if batched else None
         if reader is None:
             return TurnRunner(self._model)
         keeps_cache = self._model.device.type == "cuda"
         overlap = Overlap.of(self._model, reader, mode, n_guesses)
         return RowRunner(self._model, reader, overlap, keeps_cache=keeps_cache)
+
+    def _open_rows(self) -> RowReader | None:
+        with self._threads.running():  # whether a reader is right is tried with steps
+            return opening.open_rows(self._model, packed=has_room_for_copy(self._model))
 
     def _live(self) -> None:
         """The engine thread: nobody but it runs the model."""
@@ -364,24 +368,38 @@ class Engine:
             self._ended.set()
 
     def _work(self) -> None:
+        while self._waits_for_work():
+            # On a CPU an idle engine keeps no threads that would slow others down.
+            apart(self._serve) if self._model.device.type == "cpu" else self._serve()
+
+    def _waits_for_work(self) -> bool:
+        """Returns True as soon as there is work, False when the engine closes."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._has_work() or self._closed)
+            return not self._closed
+
+    def _has_work(self) -> bool:
+        return len(self._queue) > 0 or self._scheduler.n_active > 0
+
+    def _serve(self) -> None:
+        """Works until there is nothing left to do."""
+        self._serving = threading.current_thread()
         with torch.inference_mode():
             while self._admit():
                 with self._watchdog.step(), self._threads.running():
                     self._scheduler.round()
 
     def _admit(self) -> bool:
-        """Waits for work and starts what there is room for; False when the engine closes."""
+        """Starts what there is room for; False when there is nothing to do, or no time for it."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: len(self._queue) or self._scheduler.n_active or self._closed
-            )
             for waiting in list(self._queue):
                 if waiting.cancelled:  # whoever asked for it is gone
                     self._cancel(waiting)
         while (request := self._next_request()) is not None:
             with self._watchdog.step():
                 self._scheduler.admit(request)
-        return not self.closed
+        with self._changed:
+            return self._has_work() and not self._closed
 
     def _next_request(self) -> Request | None:
         with self._changed:

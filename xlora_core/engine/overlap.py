@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 OverlapMode = Literal["auto", "on", "off"]
 OVERLAP_MODES = ("auto", "on", "off")
 
-# What was found of guesses by the base model, and of drafts; measurements soon take its place.
-_FIRST_HIT_RATES = {False: 0.8, True: 0.9}
-_HIT_WEIGHT = 1 / 64
+# What was found of guesses by the base model, and of drafts; worth as much as so many guesses.
+_FIRST_HIT_RATES = {False: 0.75, True: 0.95}
+_FIRST_WEIGHT = 8
+# Later ones count more: how often guesses are right depends on the text.
+_LEAST_HIT_WEIGHT = 1 / 64
 # Steps of one size that are remembered; the quietest counts, since other work only adds time. Fewer
 # than three say nothing: the first ones are slow.
 _N_REMEMBERED = 8
@@ -76,6 +78,7 @@ class Overlap:
         if drafts:
             self._guessing.append(Guessing(n=n_siblings, drafts=True))
         self._hit_rates = dict(_FIRST_HIT_RATES)
+        self._n_guessed = dict.fromkeys(_FIRST_HIT_RATES, _FIRST_WEIGHT)
         self._seconds: dict[int, deque[float]] = {}
         self._n_steps = 0
 
@@ -122,7 +125,9 @@ class Overlap:
 
     def guessed(self, *, hit: bool, drafted: bool = False) -> None:
         """Notes whether a guess was right, or would have been, and whether a draft told it."""
-        self._hit_rates[drafted] += _HIT_WEIGHT * (hit - self._hit_rates[drafted])
+        self._n_guessed[drafted] += 1
+        weight = max(1 / self._n_guessed[drafted], _LEAST_HIT_WEIGHT)
+        self._hit_rates[drafted] += weight * (hit - self._hit_rates[drafted])
 
     def took(self, n_tokens: int, seconds: float) -> None:
         """Notes what a decode step over n tokens took."""
