@@ -28,6 +28,7 @@ from xlora_core.bench.turns import Sample, Side, take_turns, together
 from xlora_core.cli import options
 from xlora_core.demo import find_gguf
 from xlora_core.engine.prompts import encode_prompt
+from xlora_core.threads import apart
 
 METHOD = (
     "Milliseconds a token of the base model, batch 1, greedy. base: our engine's base arm; "
@@ -52,9 +53,9 @@ def main(argv: Sequence[str]) -> None:
     model, tokenizer = options.load(args)
     n_threads = torch.get_num_threads()
     with TemporaryDirectory() as folder:
-        gguf = find_gguf()[0]
-        if not args.packed:
-            gguf = write_unpacked(gguf, Path(folder) / "model.gguf", dtype)
+        packed = find_gguf()[0]
+        unpacked = Path(folder) / "model.gguf"
+        gguf = packed if args.packed else apart(lambda: write_unpacked(packed, unpacked, dtype))
         settings = {
             "model": str(gguf),
             "n_threads": n_threads,

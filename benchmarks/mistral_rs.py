@@ -35,6 +35,7 @@ from xlora_core.bench.turns import Sample, Side, take_turns, together
 from xlora_core.cli import main as xlora
 from xlora_core.cli import options
 from xlora_core.demo import DEMO_CHECKPOINT, demo_base_folder
+from xlora_core.threads import apart
 
 if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
@@ -69,11 +70,13 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     with TemporaryDirectory() as folder:
-        settings = prepare(
-            Path(folder),
-            base=demo_base_folder() if args.model == "demo" else Path(args.model),
-            checkpoint=Path(args.checkpoint or DEMO_CHECKPOINT),
-            dtype=args.their_dtype or plain_dtype(args.dtype),
+        settings = apart(
+            lambda: prepare(
+                Path(folder),
+                base=demo_base_folder() if args.model == "demo" else Path(args.model),
+                checkpoint=Path(args.checkpoint or DEMO_CHECKPOINT),
+                dtype=args.their_dtype or plain_dtype(args.dtype),
+            )
         )
         try:
             with ExitStack() as stack:

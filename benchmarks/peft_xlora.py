@@ -21,6 +21,7 @@ from xlora_core.bench.sides import engine_side, model_facts
 from xlora_core.bench.texts import QUESTIONS, prompt_of
 from xlora_core.bench.turns import Sample, Side, take_turns, together
 from xlora_core.cli import options
+from xlora_core.threads import apart
 
 if TYPE_CHECKING:
     from torch import nn
@@ -39,13 +40,13 @@ def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     parser = new_parser("peft_xlora", __doc__ or "")
     parser.add_argument("--contexts", type=int, nargs="+", default=[128, 256, 1024])
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of the routed arm a turn")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of the routed arm a turn")
     parser.add_argument("--peft-tokens", type=int, default=2, help="tokens of PEFT's side a turn")
     parser.add_argument("--texts", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)
     args = parser.parse_args(argv)
     model, tokenizer = options.load(args)
-    peft = peft_model(model, args)
+    peft = apart(lambda: peft_model(model, args))
     with Engine(model, tokenizer) as engine:
         report = measure(
             model,

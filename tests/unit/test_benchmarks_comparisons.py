@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,13 +14,14 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
-from benchmarks import llama_cpp, mistral_rs, options, peft_xlora, recording
+from benchmarks import four_experts, llama_cpp, mistral_rs, options, peft_xlora, recording
 from benchmarks.__main__ import main
 from benchmarks.other_program import OtherProgram, OtherProgramError
 from benchmarks.targets import TARGETS, target_report
 from tests.tiny_chat import tiny_chat_base, tiny_chat_xlora, tiny_tokenizer
 from xlora_core import Engine, SamplingParams, XLoraModel
 from xlora_core.bench.sides import endless_answers
+from xlora_core.demo import DEMO_CHECKPOINT
 
 QUESTION = "the sum of two numbers"
 
@@ -294,3 +297,43 @@ def test_what_a_run_keeps_holds_at_least_the_router_logits(
     assert row["logits (bytes/token)"] == 2 * 3 * 14
     assert row["kept (bytes/token)"] - row["logits (bytes/token)"] == row["beyond logits"]
     assert row["on/off"] == pytest.approx(row["on (ms)"] / row["off (ms)"])
+
+
+# -------------------------------------------------------------------- all of them
+
+
+def test_all_benchmarks_run_over_as_many_experts_as_their_targets_speak_of(
+    saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tiny(*_: object) -> tuple[XLoraModel, None]:
+        base = tiny_chat_base(context_length=256)
+        return XLoraModel.from_pretrained(base, saved / "xlora").eval(), None
+
+    name = tiny()[0].adapter_names[-1]
+    experts: dict[str, list[str]] = {}
+
+    def run(command: list[str], **_: object) -> None:
+        benchmark, *options = command[3:]
+        values = dict(itertools.pairwise(options))
+        experts[benchmark] = []
+        if "--checkpoint" in values:
+            model = XLoraModel.from_pretrained(
+                tiny_chat_base(context_length=256), values["--checkpoint"]
+            )
+            experts[benchmark] = model.adapter_names
+        rows = [{"/routed": 1.25}] if benchmark == "arms" else []
+        Path(values["--output"]).write_text(json.dumps({"rows": rows}), encoding="utf-8")
+
+    monkeypatch.setattr(four_experts, "load_model", tiny)
+    monkeypatch.setattr(four_experts, "KEPT", (name,))
+    monkeypatch.setattr(subprocess, "run", run)
+    assert main(["--quick"]) == 0
+    over_some = {benchmark for benchmark, names in experts.items() if names == [name]}
+    assert {"decode", "arms", "requests", "peft_xlora", "mistral_rs"} <= over_some
+    assert experts["start"] == experts["adapters"] == []
+    assert "1.25 | yes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_experts_that_stay_are_the_demos() -> None:
+    config = json.loads((DEMO_CHECKPOINT / "xlora.json").read_text(encoding="utf-8"))
+    assert set(four_experts.KEPT) < set(config["adapters"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from xlora_core.bench.texts import prompt_of
 from xlora_core.bench.turns import take_turns, together
 from xlora_core.config import Arm
 from xlora_core.engine import Engine
+from xlora_core.threads import apart
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -54,9 +56,8 @@ def measure(
     with ExitStack() as stack:
         for count in counts:
             folder = stack.enter_context(TemporaryDirectory())
-            model = random_xlora(
-                load_base(), folder, n_adapters=count, rank=rank, strength=_STRENGTH
-            )
+            add = partial(random_xlora, n_adapters=count, rank=rank, strength=_STRENGTH)
+            model = apart(partial(add, load_base(), folder))
             with endless_answers(model):
                 engines[str(count)] = stack.enter_context(Engine(model, tokenizer))
             facts = model_facts(model)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from xlora_core.bench.sides import engine_side, hugging_face_side, model_facts
 from xlora_core.bench.turns import take_turns
 from xlora_core.config import Arm
 from xlora_core.engine import Engine
+from xlora_core.threads import apart
 
 if TYPE_CHECKING:
     from xlora_core.model import XLoraModel
@@ -66,15 +68,16 @@ def measure(
         strength: Of the experts, see ``random_xlora``.
     """
     device = torch.device(device)
-    read, stated = reading_bandwidth(device), stated_bandwidth(device)
+    read, stated = apart(lambda: reading_bandwidth(device)), stated_bandwidth(device)
     rows: list[dict[str, Cell]] = []
     facts: dict[str, Any] = {}
     for size in sizes:
-        base = random_llama(size, device=device, dtype=dtype)
+        base = apart(partial(random_llama, size, device=device, dtype=dtype))
         ids = [int(i) for i in random_numbers(context, base.config.vocab_size).split()]
         of = take_turns({"hf": hugging_face_side(base, ids, n_tokens)}, rounds)
         with TemporaryDirectory() as folder:
-            model = random_xlora(base, folder, n_adapters=n_adapters, rank=rank, strength=strength)
+            add = partial(random_xlora, n_adapters=n_adapters, rank=rank, strength=strength)
+            model = apart(partial(add, base, folder))
         row: dict[str, Cell] = {"model": size}
         rows.append(row | _row(model, of["hf"].ms, context, n_tokens, rounds, read, stated))
         facts = model_facts(model)

@@ -31,7 +31,7 @@ def measure(
     *,
     questions: Sequence[str],
     counts: Sequence[int] = COUNTS,
-    n_tokens: int = 48,
+    n_tokens: int = 128,
     rounds: int = 2,
 ) -> Report:
     """Times groups of concurrent requests.
@@ -41,7 +41,7 @@ def measure(
         tokenizer: Its tokenizer.
         questions: The prompts, taken in turn.
         counts: Sizes of the groups; the first is what the others are compared with.
-        n_tokens: Tokens that each request writes.
+        n_tokens: Tokens that each request writes; answers are as long if nothing else is said.
         rounds: How often each group has its turn.
     """
     prompts = [prompt_of(tokenizer, question) for question in questions]

@@ -143,7 +143,7 @@ def _add_requests(benchmarks: options.Commands) -> Parser:
     )
     parser.set_defaults(measure=_requests)
     _add_counts(parser, [1, 2, 4, 8], "sizes of the groups, the first is compared with")
-    _add_texts(parser, tokens=48, texts=8, rounds=2)
+    _add_texts(parser, tokens=128, texts=8, rounds=2)
     options.add_model_options(parser)
     return parser
 
