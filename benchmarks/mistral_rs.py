@@ -9,6 +9,9 @@ Both sides write the same text after a prompt of one token. After longer ones th
 transposes the attention's output twice where it reads several tokens at once, and so mixes up the
 prompt. (With the same done to the attention of our model, ours writes what it writes.) What a
 decoded token costs does not depend on it.
+
+Its classifier of two layers expects the second to be as wide as a hidden state, whatever the
+checkpoint says. So a deeper router is replaced on both sides by the linear layer nearest to it.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.linear_router import with_linear_router
 from benchmarks.options import fail, new_parser, plain_dtype, show
 from benchmarks.other_program import OtherProgram, OtherProgramError
 from xlora_core import Arm, Engine, SamplingParams
@@ -34,7 +38,7 @@ from xlora_core.bench.sides import engine_side, model_facts
 from xlora_core.bench.turns import Sample, Side, take_turns, together
 from xlora_core.cli import main as xlora
 from xlora_core.cli import options
-from xlora_core.demo import DEMO_CHECKPOINT, demo_base_folder
+from xlora_core.demo import demo_base_folder, load_base
 from xlora_core.threads import apart
 
 if TYPE_CHECKING:
@@ -47,7 +51,7 @@ WORDS = ("The", "Once", "def", "Water")
 METHOD = (
     "Decoded tokens a second after a prompt of one token, greedy, batch 1. routed: our engine; "
     "mistral.rs: its X-LoRA with cached passes, from its own clock; its base: the same without "
-    "X-LoRA. Both run the same checkpoint; "
+    "X-LoRA. Both run the same checkpoint, with a linear router; "
     "same text: whether they wrote the same. The sides take turns, the quietest round counts."
 )
 
@@ -56,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs the benchmark."""
     parser = new_parser("mistral_rs", __doc__ or "")
     parser.add_argument("--python", metavar="FILE", help="interpreter that has mistralrs")
-    parser.add_argument("--tokens", type=int, default=16, help="tokens a prompt (default: 16)")
+    parser.add_argument("--tokens", type=int, default=48, help="tokens a prompt (default: 48)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each side (default: 2)")
     parser.add_argument(
         "--their-dtype",
@@ -70,21 +74,18 @@ def main(argv: Sequence[str]) -> None:
     )
     args = parser.parse_args(argv)
     with TemporaryDirectory() as folder:
-        settings = apart(
-            lambda: prepare(
-                Path(folder),
-                base=demo_base_folder() if args.model == "demo" else Path(args.model),
-                checkpoint=Path(args.checkpoint or DEMO_CHECKPOINT),
-                dtype=args.their_dtype or plain_dtype(args.dtype),
-            )
-        )
+        model, tokenizer, settings = apart(lambda: _prepared(args, Path(folder)))
         try:
             with ExitStack() as stack:
                 others = [
                     stack.enter_context(OtherProgram(_WORKER, some, python=args.python))
                     for some in _programs(settings, with_base=args.with_base)
                 ]
-                show(_measure(args, *others), args, argv)
+                engine = stack.enter_context(Engine(model, tokenizer))
+                report = measure(
+                    model, engine, *others, words=WORDS, n_tokens=args.tokens, rounds=args.rounds
+                )
+                show(report, args, argv)
         except OtherProgramError as error:
             fail(
                 f"mistral.rs does not run: {error}",
@@ -92,18 +93,26 @@ def main(argv: Sequence[str]) -> None:
             )
 
 
+def _prepared(args: argparse.Namespace, folder: Path) -> tuple[XLoraModel, Any, dict[str, Any]]:
+    """Returns model and tokenizer, and the settings of mistral.rs over the same."""
+    model, tokenizer = options.load(args)
+    if model.config_xlora.xlora_depth > 1:
+        base, _ = load_base(args.model, dtype=args.dtype, device=args.device)
+        model = with_linear_router(model, tokenizer, base, folder=folder / "deep")
+    model.save_pretrained(folder / "xlora")
+    settings = prepare(
+        folder,
+        base=demo_base_folder() if args.model == "demo" else Path(args.model),
+        checkpoint=folder / "xlora",
+        dtype=args.their_dtype or plain_dtype(args.dtype),
+    )
+    return model, tokenizer, settings
+
+
 def _programs(settings: dict[str, Any], *, with_base: bool) -> list[dict[str, Any]]:
     """Returns the settings of every process: X-LoRA, and the base model if that is wanted."""
     of_base = {name: settings[name] for name in ("model", "dtype")}
     return [settings, of_base] if with_base else [settings]
-
-
-def _measure(args: argparse.Namespace, *others: OtherProgram) -> Report:
-    model, tokenizer = options.load(args)
-    with Engine(model, tokenizer) as engine:
-        return measure(
-            model, engine, *others, words=WORDS, n_tokens=args.tokens, rounds=args.rounds
-        )
 
 
 def measure(
@@ -160,6 +169,7 @@ def _row(of: dict[str, Sample]) -> dict[str, Cell]:
 
 def _same(ours: str, theirs: str) -> str:
     """Whether two answers are the same as far as both go: theirs may be a token longer."""
+    ours, theirs = ours.lstrip(), theirs.lstrip()  # mistral.rs leaves out a space at the start
     n = min(len(ours), len(theirs))
     return "yes" if n and ours[:n] == theirs[:n] else "no"
 
@@ -181,7 +191,7 @@ def prepare(folder: Path, *, base: Path, checkpoint: Path, dtype: str) -> dict[s
     """Writes base and checkpoint as mistral.rs 0.6.0 reads them; returns the worker's settings.
 
     Args:
-        folder: An empty folder.
+        folder: A folder without base, adapters and original.
         base: The base model's folder.
         checkpoint: An X-LoRA checkpoint of any layout.
         dtype: Of the base weights that are written.

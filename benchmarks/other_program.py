@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,9 @@ ANSWER = "@answer "
 
 class OtherProgram:
     """Runs a worker script and asks it, one JSON line at a time.
+
+    Between two questions it is stopped, where the system can do that: mistral.rs keeps a core busy
+    while it waits, and would slow down whoever has the next turn.
 
     Args:
         script: A file of ``workers/``.
@@ -42,6 +46,7 @@ class OtherProgram:
             OtherProgramError: If the process has ended, with the last line that it wrote.
         """
         process = self._process
+        _signal(process, "SIGCONT")
         assert process.stdin is not None
         assert process.stdout is not None
         log: list[str] = []
@@ -52,6 +57,7 @@ class OtherProgram:
             pass  # it has ended: what it wrote before says why
         for line in process.stdout:
             if line.startswith(ANSWER):
+                _signal(process, "SIGSTOP")
                 answer: dict[str, Any] = json.loads(line.removeprefix(ANSWER))
                 return answer
             log.append(line)
@@ -66,6 +72,13 @@ class OtherProgram:
     def __exit__(self, *exception: object) -> None:
         self._process.kill()
         self._process.communicate()
+
+
+def _signal(process: subprocess.Popen[str], name: str) -> None:
+    """Sends a signal, if the system has it."""
+    number = getattr(signal, name, None)
+    if number is not None:
+        process.send_signal(number)
 
 
 class OtherProgramError(Exception):
