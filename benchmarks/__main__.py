@@ -46,11 +46,11 @@ _WITH_FOUR_EXPERTS = {
 # Fewer texts and rounds, for a first impression.
 _QUICK = {
     "arms": ("--texts", "2", "--rounds", "2"),
-    "requests": ("--counts", "1", "8", "--rounds", "1"),
+    "requests": ("--counts", "1", "8"),
     "adapters": ("--texts", "1", "--rounds", "2"),
     "recording": ("--tokens", "32", "--texts", "1"),
     "start": ("--rounds", "1"),
-    "peft_xlora": ("--texts", "1", "--rounds", "1"),
+    "peft_xlora": ("--texts", "1", "--rounds", "3"),
     "mistral_rs": ("--rounds", "1"),
     "llama_cpp": ("--texts", "1", "--rounds", "2"),
 }
