@@ -87,7 +87,7 @@ def _add_decode(benchmarks: options.Commands) -> Parser:
         default="auto",
         help="whether the routed side guesses the next token: auto where that pays (default)",
     )
-    _add_texts(parser, tokens=32, texts=2, rounds=2)
+    _add_texts(parser, tokens=48, texts=2, rounds=3)
     options.add_model_options(parser)
     return parser
 
