@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from xlora_core.config import Arm, EngineLimits, SamplingParams
-from xlora_core.config.checks import is_finite, is_int, raise_if
 from xlora_core.engine.admission import MemoryBudget
-from xlora_core.engine.faults import closed_error
+from xlora_core.engine.faults import closed_error, told_anew
 from xlora_core.engine.free_memory import has_room_for_copy
 from xlora_core.engine.handle import EventStream, RequestHandle
 from xlora_core.engine.identity import ModelIdentity
-from xlora_core.engine.overlap import OVERLAP_MODES, Overlap, OverlapMode
+from xlora_core.engine.options import check_options
+from xlora_core.engine.overlap import Overlap, OverlapMode
 from xlora_core.engine.prompts import Prompt, encode_prompt
 from xlora_core.engine.queue import FairQueue
 from xlora_core.engine.requests import Request
@@ -95,19 +95,14 @@ class Engine:
         batched: bool = True,
         model_id: str = "",
     ) -> None:
-        counts = {"max_queue": max_queue, "max_active": max_active, "n_guesses": n_guesses}
-        if memory_bytes is not None:
-            counts["memory_bytes"] = memory_bytes
-        faults = [
-            f"{name} must be a whole number >= 1, got {value!r}"
-            for name, value in counts.items()
-            if not is_int(value) or value < 1
-        ]
-        if step_timeout is not None and (not is_finite(step_timeout) or step_timeout <= 0):
-            faults.append(f"step_timeout must be None or a number > 0, got {step_timeout!r}")
-        if overlap not in OVERLAP_MODES:
-            faults.append(f"overlap must be one of {', '.join(OVERLAP_MODES)}, got {overlap!r}")
-        raise_if(faults)
+        check_options(
+            max_queue=max_queue,
+            max_active=max_active,
+            n_guesses=n_guesses,
+            memory_bytes=memory_bytes,
+            step_timeout=step_timeout,
+            overlap=overlap,
+        )
         check_serves(model)
         self._model = model.eval()
         self._tokenizer = tokenizer
@@ -299,7 +294,7 @@ class Engine:
     def _check_open(self) -> None:
         with self._changed:
             if self._failure is not None:
-                raise _told_anew(self._failure)
+                raise told_anew(self._failure)
             if self._closed:
                 raise EngineError("the engine is closed", hint="make a new Engine")
 
@@ -416,11 +411,6 @@ class Engine:
         with self._changed:
             self._failure, self._closed = failure, True
             for request in [*self._scheduler.requests, *self._queue.clear()]:
-                request.fail(_told_anew(failure))
+                request.fail(told_anew(failure))
             self._changed.notify_all()
         self._ended.set()
-
-
-def _told_anew(failure: EngineError) -> EngineError:
-    """Returns the same failure for somebody else: an error keeps the frames it was raised in."""
-    return EngineError(failure.message, hint=failure.hint)

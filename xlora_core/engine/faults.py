@@ -50,3 +50,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def closed_error(when: str) -> EngineError:
     """Returns what requests are told that an engine's end cut off."""
     return EngineError(f"the engine was closed {when}", hint="submit it to a new Engine")
+
+
+def told_anew(failure: EngineError) -> EngineError:
+    """Returns the same failure for somebody else: an error keeps the frames it was raised in."""
+    return EngineError(failure.message, hint=failure.hint)
