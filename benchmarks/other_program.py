@@ -18,7 +18,8 @@ class OtherProgram:
     """Runs a worker script and asks it, one JSON line at a time.
 
     Between two questions it is stopped, where the system can do that: mistral.rs keeps a core busy
-    while it waits, and would slow down whoever has the next turn.
+    while it waits, and would slow down whoever has the next turn. On Linux it ends when the thread
+    does that made it, however that ends.
 
     Args:
         script: A file of ``workers/``.
@@ -31,7 +32,7 @@ class OtherProgram:
 
     def __init__(self, script: str, settings: dict[str, Any], *, python: str | None = None) -> None:
         self._process = subprocess.Popen(
-            [python or sys.executable, str(_WORKERS / script)],
+            [python or sys.executable, str(_WORKERS / "launch.py"), str(_WORKERS / script)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=64, help="tokens of the routed arm a turn")
     parser.add_argument("--peft-tokens", type=int, default=2, help="tokens of PEFT's side a turn")
     parser.add_argument("--texts", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args(argv)
     model, tokenizer = options.load(args)
     peft = apart(lambda: peft_model(model, args))

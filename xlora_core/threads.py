@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -27,8 +28,12 @@ def apart(work: Callable[[], _Result], *, name: str = "xlora-apart") -> _Result:
     nobody, and 40 ms beside the idle helper that loading the model had left behind. Work that is
     done apart leaves none behind.
 
+    Ctrl-C while it waits ends the work, too. Where the system has no thread left, the work is done
+    in this one.
+
     Args:
-        work: What is done; PyTorch's modes that belong to a thread (``no_grad``) are not on.
+        work: What is done. The current CUDA device is this thread's; PyTorch's modes that belong
+            to a thread (``no_grad``) are not on.
         name: The thread's.
 
     Returns:
@@ -36,19 +41,42 @@ def apart(work: Callable[[], _Result], *, name: str = "xlora-apart") -> _Result:
     """
     results: list[_Result] = []
     errors: list[BaseException] = []
+    ended = threading.Event()
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1  # none
 
     def do() -> None:
         try:
-            results.append(work())
+            with torch.cuda.device(device):
+                results.append(work())
         except BaseException as error:
             errors.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=do, name=name)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        return work()
+    try:
+        # Not join: what interrupts that makes Python 3.11 take the thread for ended, and the
+        # process would end while PyTorch computes in it, which aborts.
+        ended.wait()
+    except BaseException:
+        _interrupt(thread)
+        while thread.is_alive() and not ended.wait(0.1):
+            pass  # it may be interrupted just before it says that it has ended
+        raise
     thread.join()
     if errors:
         raise errors.pop()  # kept nowhere: it holds the frames it was raised in
     return results.pop()
+
+
+def _interrupt(thread: threading.Thread) -> None:
+    """Raises KeyboardInterrupt in a thread: Ctrl-C itself reaches the main thread alone."""
+    identity, error = ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(identity, error)
 
 
 def set_threads(n_threads: int | None = None, environ: Mapping[str, str] = os.environ) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -120,9 +122,64 @@ def test_what_fails_apart_fails_here() -> None:
         raise fault
 
     with pytest.raises(ConfigError) as caught:
-        threads.apart(fail)
+        threads.apart(fail, name="elsewhere")
     assert caught.value is fault
     assert "elsewhere" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_the_current_cuda_device_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+
+    @contextmanager
+    def device(index: int) -> Iterator[None]:
+        entered.append(index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    assert threads.apart(entered.copy) == [3]
+
+
+def test_without_a_thread_left_the_work_is_done_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", fail)
+    assert threads.apart(threading.current_thread) is threading.current_thread()
+
+
+# Tells that work has begun that never ends, and how it ended.
+_ENDLESS = """
+import torch
+from xlora_core.threads import apart
+
+def multiply():
+    large = torch.ones(256, 256)
+    print("begun", flush=True)
+    try:
+        while True:
+            large @ large
+    finally:
+        print("ended", flush=True)
+
+try:
+    apart(multiply)
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+
+
+def test_an_interrupt_ends_the_work_before_the_process_goes_on() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", _ENDLESS], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    assert out.split() == ["ended", "interrupted"]
+    assert process.returncode == 0  # PyTorch does not abort
 
 
 # Prints how many of the process's threads are nobody's: before anything, while a thread that has

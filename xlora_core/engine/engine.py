@@ -1,4 +1,4 @@
-"""The engine: one thread owns the model, many callers share it through a bounded queue."""
+"""The engine: one thread at a time owns the model, many callers share it by a bounded queue."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ _DEFAULT_ARMS = (Arm.routed(),)
 class Engine:
     """Answers prompts with an X-LoRA model, many requests at a time, clients in turn.
 
-    A daemon thread owns the model; every method here may be called by any thread. All arms of all
+    A daemon thread owns the model, and starts one for the requests at hand where that is on a CPU;
+    every method here may be called by any thread. All arms of all
     running requests share one run over the weights per token, where the base model allows it
     (``open_rows`` says why not); otherwise they take turns. A request that fails does so alone.
     Use it as a context manager, or call ``close``.
@@ -349,7 +350,7 @@ class Engine:
             return opening.open_rows(self._model, packed=has_room_for_copy(self._model))
 
     def _live(self) -> None:
-        """The engine thread: nobody but it runs the model."""
+        """The engine's thread: nobody but it, and what it starts and waits for, runs the model."""
         try:
             self._watchdog.run(self._work)
         finally:

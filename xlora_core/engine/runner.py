@@ -16,7 +16,7 @@ from xlora_core.recording import bytes_per_token
 
 
 class Runner(ABC):
-    """Reads prompts and writes tokens. Used by the engine's thread alone."""
+    """Reads prompts and writes tokens. Used by one thread at a time, see ``Engine``."""
 
     @abstractmethod
     def books(self, budget: MemoryBudget) -> Admission:

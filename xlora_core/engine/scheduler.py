@@ -21,7 +21,7 @@ PREFILL_TOKENS_BESIDE_OTHERS = 128
 
 
 class Scheduler:
-    """Works on the active requests, a round at a time. Used by the engine's thread, unless said.
+    """Works on the active requests, a round at a time. Used by one thread at a time, unless said.
 
     Args:
         runner: Runs the model.
@@ -96,7 +96,7 @@ class Scheduler:
         ]
         return self._estimate.expected_seconds(left, ahead, n_free=n_free)
 
-    # ---------------------------------------------------------------- for the engine's thread
+    # ---------------------------------------------------------------- for one thread at a time
 
     def fits(self, request: Request) -> bool:
         """Whether there is memory for a request beside those at work."""
