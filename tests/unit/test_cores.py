@@ -151,8 +151,10 @@ def test_without_a_thread_left_the_work_is_done_here(monkeypatch: pytest.MonkeyP
 
 # Tells that work has begun that never ends, and how it ended.
 _ENDLESS = """
-import torch
+import signal, torch
 from xlora_core.threads import apart
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 
 def multiply():
     large = torch.ones(256, 256)
@@ -177,7 +179,10 @@ def test_an_interrupt_ends_the_work_before_the_process_goes_on() -> None:
         assert process.stdout is not None
         assert process.stdout.readline() == "begun\n"
         process.send_signal(signal.SIGINT)
-        out, _ = process.communicate(timeout=60)
+        try:
+            out, _ = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert out.split() == ["ended", "interrupted"]
     assert process.returncode == 0  # PyTorch does not abort
 
