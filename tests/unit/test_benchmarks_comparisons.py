@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,80 +202,6 @@ def test_a_missing_package_is_told_with_how_to_install_it(
     assert "hint: pip install" in err
 
 
-# -------------------------------------------------------------- other programs
-
-
-_ECHO = """
-import json, sys
-print('a line of its log')
-for line in sys.stdin:
-    print('@answer ' + json.dumps({'got': json.loads(line)}), flush=True)
-"""
-
-
-def _state(pid: int) -> str:
-    """Returns what a process does: "T" for stopped, "Z" or nothing where it has ended."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return ""
-
-
-def _wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        os.sched_yield()
-
-
-def test_another_program_is_asked_line_by_line_and_stopped_in_between(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(_ECHO)
-    with OtherProgram(str(script), {"model": "m"}) as other:
-        assert other.facts == {"got": {"model": "m"}}
-        for n in range(2):
-            _wait_until(lambda: _state(other._process.pid) == "T")
-            assert other.ask({"n": n}) == {"got": {"n": n}}
-
-
-def test_another_program_ends_with_the_benchmark_that_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text(_ECHO)
-    benchmark = f"""
-import os, signal
-from benchmarks.other_program import OtherProgram
-other = OtherProgram({str(script)!r}, {{}})
-print(other._process.pid, flush=True)
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-    root = Path(__file__).resolve().parents[2]
-    killed = subprocess.run(
-        [sys.executable, "-c", benchmark], cwd=root, capture_output=True, text=True, check=False
-    )
-    _wait_until(lambda: _state(int(killed.stdout)) in ("", "Z"))
-
-
-def test_benchmarks_without_the_demo_say_so_and_the_others_run(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def no_demo(*_: object) -> None:
-        raise CheckpointError("the demo's base model is not installed")
-
-    names: list[str] = []
-    monkeypatch.setattr(four_experts, "load_model", no_demo)
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: names.append(command[3]))
-    assert main(["--quick"]) == 0
-    assert "reroute" in names
-    assert "is not installed" in capsys.readouterr().err
-
-
-def test_another_program_that_ends_says_what_it_said_last(tmp_path: Path) -> None:
-    script = tmp_path / "worker.py"
-    script.write_text("raise ValueError('no weights')\n")
-    with pytest.raises(OtherProgramError, match="status 1: ValueError: no weights"):
-        OtherProgram(str(script), {})
-
-
 # ------------------------------------------------------------------- llama.cpp
 
 
@@ -408,6 +331,27 @@ def test_all_benchmarks_run_over_as_many_experts_as_their_targets_speak_of(
     assert {"decode", "arms", "requests", "peft_xlora", "mistral_rs"} <= over_some
     assert experts["start"] == experts["adapters"] == []
     assert "1.25 | yes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_benchmarks_without_the_demo_say_so_and_the_others_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_demo(*_: object) -> None:
+        raise CheckpointError("the demo's base model is not installed")
+
+    names: list[str] = []
+    monkeypatch.setattr(four_experts, "load_model", no_demo)
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: names.append(command[3]))
+    assert main(["--quick"]) == 0
+    assert "reroute" in names
+    assert "is not installed" in capsys.readouterr().err
+
+
+def test_another_program_that_ends_says_what_it_said_last(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text("raise ValueError('no weights')\n")
+    with pytest.raises(OtherProgramError, match="status 1: ValueError: no weights"):
+        OtherProgram(str(script), {})
 
 
 def test_the_experts_that_stay_are_the_demos() -> None:
