@@ -158,8 +158,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it 
 
 def multiply():
     large = torch.ones(256, 256)
-    print("begun", flush=True)
     try:
+        print("begun", flush=True)
         while True:
             large @ large
     finally:

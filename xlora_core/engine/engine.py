@@ -355,13 +355,15 @@ class Engine:
             self._watchdog.run(self._work)
         finally:
             # Whatever ends the thread, nobody is left to wait for ever.
-            with self._changed, torch.inference_mode():  # as the rows that are erased now
-                self._closed = True
-                self._scheduler.close(closed_error("while this request ran"))
-                for request in self._queue.clear():
-                    request.fail(closed_error("before this request was served"))
-            self._model.edit_guard.release()
-            self._ended.set()
+            try:
+                with self._changed, torch.inference_mode():  # as the rows that are erased now
+                    self._closed = True
+                    self._scheduler.close(closed_error("while this request ran"))
+                    for request in self._queue.clear():
+                        request.fail(closed_error("before this request was served"))
+            finally:
+                self._model.edit_guard.release()
+                self._ended.set()
 
     def _work(self) -> None:
         while self._waits_for_work():
@@ -414,4 +416,5 @@ class Engine:
             for request in [*self._scheduler.requests, *self._queue.clear()]:
                 request.fail(told_anew(failure))
             self._changed.notify_all()
-        self._ended.set()
+        if threading.current_thread() is not self._thread:  # a dying one still tidies up
+            self._ended.set()
