@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -275,6 +276,19 @@ def test_an_idle_engine_keeps_no_thread_that_computes(model: XLoraModel) -> None
             assert not served[-1].is_alive()
         assert served[0] is not served[1]
         assert engine._thread.is_alive()
+
+
+def test_an_engine_serves_by_itself_where_no_thread_is_left(
+    model: XLoraModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with Engine(model, TOKENIZER) as engine:
+        before = engine.run(PROMPT, sampling=SHORT).text()
+        monkeypatch.setattr(threading.Thread, "start", fail)
+        assert engine.run(PROMPT, sampling=SHORT).text() == before
+        assert engine._serving is engine._thread
 
 
 # -------------------------------------------------------------------- the watch
